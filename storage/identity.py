@@ -92,4 +92,4 @@ def real_vocabulary(tokenizer_json: str) -> int:
     parts = json.loads(tokenizer_json)
     vocab = parts["model"]["vocab"]
     largest = max(vocab.values()) if isinstance(vocab, dict) else len(vocab) - 1
-    return 1 + max([largest, *(token["id"] for token in parts.get("added_tokens") or [])])
+    return 1 + int(max([largest, *(token["id"] for token in parts.get("added_tokens") or [])]))

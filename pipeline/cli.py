@@ -1,0 +1,156 @@
+"""The `stillroom` command: words in, an exit code out. Results go to stdout, everything else to stderr.
+
+Enters: argv. Leaves: 0 fine, 1 a problem was found, 2 bad usage or recipe, 130 interrupted. Costs: each command
+imports what it needs when it runs; `--help` imports argparse and nothing of weight (0.1 s).
+"""
+
+import os
+import sys
+import traceback
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from stillroom.pipeline.arguments import RECIPE_COMMANDS, UsageMistake, parse
+from stillroom.pipeline.console import Console
+
+Result = dict[str, Any]
+INTERRUPTED = 130
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run one command. An error that stillroom raises on purpose, and one of the operating system, is one line."""
+    words = sys.argv[1:] if words is None else words
+    json_wanted, debug = "--json" in words, "--debug" in words or os.environ.get("STILLROOM_DEBUG") == "1"
+    try:
+        arguments = parse(words)
+        result, code = _dispatch(arguments, Console(quiet=arguments.quiet))
+        _show(result, json_wanted=json_wanted)
+        return code
+    except UsageMistake as mistake:
+        return _fail(mistake, 2, json_wanted=json_wanted, debug=debug)
+    except KeyboardInterrupt:
+        print("stillroom: interrupted; the same command continues where it stopped", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # `stillroom ls | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:  # a folder that cannot be written, a full disk
+        return _fail(error, 1, json_wanted=json_wanted, debug=debug)
+    except Exception as error:
+        from stillroom.storage.errors import StillroomError
+
+        if not isinstance(error, StillroomError):  # a bug: its traceback is the report
+            raise
+        return _fail(error, error.exit_code, json_wanted=json_wanted, debug=debug)
+
+
+def _dispatch(arguments: Namespace, console: Console) -> tuple[Result, int]:
+    if arguments.command in RECIPE_COMMANDS:
+        return _recipe_command(arguments, console), 0
+    return _OTHERS[arguments.command](arguments, console)
+
+
+def _recipe_command(arguments: Namespace, console: Console) -> Result:
+    from stillroom.pipeline.recipe import load_recipe, notices
+
+    # train and evaluate work from the store; corpus and teacher may be gone by then
+    files = arguments.command in ("run", "plan", "teach")
+    recipe = load_recipe(arguments.recipe, arguments.overrides, files=files)
+    for notice in notices(recipe):
+        console.notice(notice)
+    return _stage(arguments.command)(recipe, console=console)
+
+
+def _stage(command: str) -> Callable[..., Result]:
+    """The function that does a recipe command. Imported here and not above: torch and ray take seconds."""
+    match command:
+        case "run":
+            from stillroom.pipeline.run import run_recipe
+
+            return run_recipe
+        case "plan":
+            from stillroom.pipeline.plan import plan_command
+
+            return plan_command
+        case "teach":
+            from stillroom.pipeline.precompute import teach_command
+
+            return teach_command
+        case "train":
+            from stillroom.pipeline.train import train_command
+
+            return train_command
+    from stillroom.pipeline.evaluate import evaluate_command
+
+    return evaluate_command
+
+
+def _init(arguments: Namespace, console: Console) -> tuple[Result, int]:
+    from stillroom.pipeline.recipe import reference, starter
+
+    if arguments.reference:
+        if arguments.json:
+            return {"fields": reference.reference_rows()}, 0
+        print(reference.reference_text())
+        return {}, 0
+    path = Path(arguments.output)
+    starter.write_starter(path, arguments.model, arguments.corpus, force=arguments.force)
+    console.info(f"wrote {path}; look it through, then: stillroom plan {path}")
+    return {"recipe": str(path)} if arguments.json else {}, 0
+
+
+def _ls(arguments: Namespace, console: Console) -> tuple[Result, int]:
+    from stillroom.storage.query import list_stores
+
+    stores = list_stores(arguments.root)
+    if not stores:
+        console.info(f"no store under {arguments.root}")
+    return {"stores": stores}, 0
+
+
+def _inspect(arguments: Namespace, console: Console) -> tuple[Result, int]:
+    from stillroom.storage.query import inspect_store
+
+    result = inspect_store(arguments.store, unit=arguments.unit)
+    if not arguments.tokens:
+        for sequence in result.get("sequences", []) if arguments.unit else []:
+            sequence.pop("positions", None)
+    return result, 0
+
+
+def _verify(arguments: Namespace, console: Console) -> tuple[Result, int]:
+    from stillroom.storage.verify import verify_store
+
+    with console.progress(None, "shards", label="verify") as progress:
+        result = verify_store(arguments.store, lambda done, total: progress.update(done, total))
+    return result, 1 if result["problems"] else 0
+
+
+_OTHERS: dict[str, Callable[[Namespace, Console], tuple[Result, int]]] = {
+    "init": _init, "ls": _ls, "inspect": _inspect, "verify": _verify,
+}  # fmt: skip
+
+
+def _show(result: Result, *, json_wanted: bool) -> None:
+    from stillroom.pipeline import results
+
+    if json_wanted:
+        results.print_json(result, sys.stdout)
+    else:
+        results.print_tables(result, sys.stdout)
+    sys.stdout.flush()
+
+
+def _fail(error: BaseException, code: int, *, json_wanted: bool, debug: bool) -> int:
+    """One line on stderr; with --json also one object on stdout, so that a program always finds one there."""
+    if debug:
+        traceback.print_exception(error, file=sys.stderr)
+    line = " ".join(str(error).split())
+    print(f"stillroom: error: {line}", file=sys.stderr)
+    if json_wanted:
+        from stillroom.pipeline import results
+
+        results.print_json({"error": line, "kind": type(error).__name__, "exit_code": code}, sys.stdout)
+    return code

@@ -1,0 +1,139 @@
+"""Ray for the driver: a session, and a pool of teacher actors fed a bounded number of units at a time.
+
+Enters: the recipe's `ray` section, units. Leaves: receipts as they come. Costs: 3–8 s to start a local Ray.
+
+A local Ray listens on the loopback interface only and has no dashboard unless asked for one.
+"""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
+
+from stillroom.pipeline.recipe.schema import RayConfig
+from stillroom.storage.errors import StillroomError, TeacherError
+from stillroom.storage.records import Receipt, Unit
+
+
+@contextmanager
+def session(config: RayConfig) -> Iterator[None]:
+    """A connection to the recipe's cluster, or a local Ray that ends with the block."""
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if config.address:
+        options["address"] = config.address
+    else:
+        # Its own address: a RAY_ADDRESS or another local Ray must not be joined by surprise.
+        options |= {
+            "address": "local",
+            "num_cpus": max(1, round(config.actors * config.cpus_per_actor + 0.499)),
+            "include_dashboard": config.dashboard,
+            "_node_ip_address": "127.0.0.1",
+        }
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    ray.init(**options)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+class Pool:
+    """Actors and the units they hold. A unit whose actor dies is handed out again, `retries` times.
+
+    make: creates one actor, a Ray handle with `ready` and `score_unit`.
+    """
+
+    def __init__(self, make: Callable[[], Any], config: RayConfig) -> None:
+        self._make = make
+        self._config = config
+        self._actors: list[Any] = []
+        self._held: dict[Any, tuple[int, Any, Unit, Any]] = {}
+        self._failures: dict[str, int] = {}
+
+    def start(self) -> list[dict[str, Any]]:
+        """Start all actors and wait until each has its teacher loaded; returns what they say of themselves."""
+        self._actors = [self._make() for _ in range(self._config.actors)]
+        try:
+            return [dict(answer) for answer in ray.get([actor.ready.remote() for actor in self._actors])]
+        except RayTaskError as error:
+            raise _cause(error) from error
+        except (ActorDiedError, ActorUnavailableError) as error:
+            raise _cause(error) from error
+
+    def run(self, units: Iterator[tuple[Unit, Any]], on_retry: Callable[[str], None]) -> Iterator[Receipt | None]:
+        """Receipts in the order in which they come; None about once a second while nothing does.
+
+        units: what to score, each with the payload for its actor; drawn only when an actor is free to take it.
+        Raises what an actor raised on purpose, and TeacherError for a unit that failed `retries` times more.
+        """
+        waiting: deque[tuple[Unit, Any]] = deque()
+        load = [0] * len(self._actors)
+        more = True
+        while True:
+            while more or waiting:
+                slot = min(range(len(load)), key=load.__getitem__)
+                if load[slot] >= self._config.inflight_per_actor:
+                    break
+                work = waiting.popleft() if waiting else next(units, None)
+                if work is None:
+                    more = False
+                    break
+                actor = self._actors[slot]
+                self._held[actor.score_unit.remote(*work)] = (slot, actor, *work)
+                load[slot] += 1
+            if not self._held:
+                return
+            done, _ = ray.wait(list(self._held), num_returns=1, timeout=1.0)
+            if not done:
+                yield None
+            for reference in done:
+                slot, actor, unit, payload = self._held.pop(reference)
+                load[slot] -= 1
+                receipt = self._receipt(reference, unit, on_retry)
+                if receipt is None and self._actors[slot] is actor:
+                    # The dead actor's other unit comes back through an error of its own, and finds a new one here.
+                    self._actors[slot] = self._make()
+                if receipt is None:
+                    waiting.append((unit, payload))
+                else:
+                    yield receipt
+
+    def stop(self) -> None:
+        """End the actors; their devices are free when this returns."""
+        for actor in self._actors:
+            ray.kill(actor, no_restart=True)
+        self._actors, self._held = [], {}
+
+    def _receipt(self, reference: Any, unit: Unit, on_retry: Callable[[str], None]) -> Receipt | None:
+        """The unit's receipt, or None if it is to be tried again."""
+        try:
+            receipt: Receipt = ray.get(reference)
+            return receipt
+        except RayTaskError as error:
+            # The teacher said no: the same unit would fail the same way, and the message names the documents.
+            raise _cause(error) from error
+        except (ActorDiedError, ActorUnavailableError) as error:
+            failures = self._failures[unit.id] = self._failures.get(unit.id, 0) + 1
+            if failures > self._config.retries:
+                raise TeacherError(
+                    f"unit {unit.id} lost its actor {failures} times, ray.retries allows {self._config.retries}; "
+                    f"what is done is committed, run again to go on. Last: {_one_line(error)}"
+                ) from error
+            on_retry(f"an actor died; unit {unit.id[:12]} is handed out again ({failures} of {self._config.retries})")
+            return None
+
+
+def _cause(error: Exception) -> StillroomError:
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, StillroomError):
+        return cause
+    return TeacherError(f"a teacher actor failed: {_one_line(cause or error)}")
+
+
+def _one_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -1,0 +1,108 @@
+"""What a recipe says about its corpus.
+
+Enters: the recipe's `corpus` section. Leaves: frozen, checked settings. Costs: pydantic's import, nothing else.
+"""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Form = Literal["text", "pairs", "chat"]
+
+
+class SourceConfig(BaseModel):
+    """One place to read documents from. A bare string in the recipe stands for `path` alone."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    path: str
+    """A .txt, .jsonl, .jsonl.zst or .parquet file, a folder or a glob of them, a dataset folder written by
+    `save_to_disk`, or `python:NAME` for the text of a Python package."""
+
+    weight: float = Field(default=1.0, gt=0)
+    """Factor on the loss of this source's tokens."""
+
+    form: Literal["auto", "text", "pairs", "chat"] = "auto"
+    """What a record is; `auto` decides per record by its fields: messages, else prompt and response, else text."""
+
+    text_field: str = "text"
+    """Field that holds a plain document."""
+
+    prompt_field: str = "prompt"
+    """Field that holds a pair's prompt."""
+
+    response_field: str = "response"
+    """Field that holds a pair's response."""
+
+    messages_field: str = "messages"
+    """Field that holds a conversation: a list of {role, content}."""
+
+    txt_documents: Literal["file", "line", "paragraph"] = "file"
+    """What one document is in a .txt file: the whole file, every line, or what blank lines separate."""
+
+    splits: tuple[str, ...] | None = None
+    """Splits to read of a dataset folder that has several, in this order; must be given for such a folder."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_path(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+
+class CorpusConfig(BaseModel):
+    """What is read, how it becomes sequences, and what of it is learned or held out."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    sources: tuple[SourceConfig, ...] = Field(min_length=1)
+    """Where the documents come from, in this order; a path, or a list of paths and source settings."""
+
+    window: int = Field(default=1024, ge=2)
+    """Most tokens in a sequence. Longer documents are split into several."""
+
+    overlap: int = Field(default=0, ge=0)
+    """Tokens of the previous window that a later one repeats as context, read and not learned again. At 0 the first
+    token of a later window is never predicted; those are counted."""
+
+    train_on: Literal["responses", "all"] = "responses"
+    """Which tokens of pairs and conversations are learned: the assistant's, or all. Plain text is learned whole."""
+
+    pairs_as: Literal["auto", "chat", "plain"] = "auto"
+    """Pairs as a conversation of two turns, or as prompt + response with nothing between; `auto` is chat where the
+    tokenizer has a chat template."""
+
+    chat_template_options: dict[str, Any] = Field(default_factory=dict)
+    """Variables handed to the chat template, such as `enable_thinking: false` or a fixed `date_string`."""
+
+    append_eos: bool = True
+    """End plain documents and plain pairs with the tokenizer's end-of-sequence token, unless it stands there."""
+
+    heldout: float = Field(default=0.05, ge=0, lt=1)
+    """Share of the documents that evaluates and never trains. Decided by each document's content: what is added
+    moves nothing, and copies of a document go together."""
+
+    split_seed: int = 0
+    """Another seed holds out other documents."""
+
+    limit_documents: int | None = Field(default=None, ge=1)
+    """Stop after so many documents."""
+
+    limit_tokens: int | None = Field(default=None, ge=1)
+    """Stop after the document that reaches so many tokens."""
+
+    max_document_mib: int = Field(default=16, ge=1)
+    """A document or line above this size is a bad line: tokenising takes about 100 times its size in memory."""
+
+    strict: bool = False
+    """Stop at the first bad line instead of counting and reporting it."""
+
+    @field_validator("sources", mode="before")
+    @classmethod
+    def _one_source(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str | dict | SourceConfig) else value
+
+    @model_validator(mode="after")
+    def _overlap_in_window(self) -> "CorpusConfig":
+        if self.overlap >= self.window:
+            raise ValueError(f"overlap must be less than window, got overlap {self.overlap} and window {self.window}")
+        return self

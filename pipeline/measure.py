@@ -1,0 +1,82 @@
+"""Measure one model folder: parameters, memory, latency, and quality on the held-out text. A process of its own, so
+that teacher and student never share a device, and each one's memory is its own.
+
+Enters: a JSON request on stdin (folder, dtype, device, manifest_path, latency_tokens). Leaves: a JSON object on
+stdout. Costs: one load, one pass over the held-out documents, `latency_tokens` greedy steps three times.
+"""
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from stillroom.pipeline.student.evaluate import evaluate
+from stillroom.storage.manifest import Manifest
+from stillroom.storage.stream import Stream
+
+#: Tokens of the prompt before latency is measured.
+PROMPT_TOKENS = 32
+
+
+def measure(request: dict[str, Any]) -> dict[str, Any]:
+    """See the module's text. latency_ms_per_token: median of three greedy continuations with a cache, batch of one."""
+    device = request["device"] if request["device"] != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = getattr(torch, request["dtype"])
+    model = AutoModelForCausalLM.from_pretrained(request["folder"], dtype=dtype).to(device).eval()
+    manifest = Manifest.open(Path(request["manifest_path"]))
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "weight_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
+        **_quality(model, manifest),
+        "latency_ms_per_token": _latency_ms(model, manifest, int(request["latency_tokens"])),
+        "peak_memory_bytes": _peak_memory_bytes(device),
+        "device": device,
+        "dtype": request["dtype"],
+    }
+
+
+def _quality(model: Any, manifest: Manifest) -> dict[str, Any]:
+    """Perplexity and expected calibration error on the held-out documents, or nulls where there are none."""
+    found = None
+    if manifest.index().heldout.any():
+        window, vocabulary = manifest.meta.window, manifest.meta.vocabulary
+        packs = Stream(manifest=manifest, snapshot=None, heldout=True, window=window, pack=False, epochs=1)
+        found = evaluate(
+            model, packs, packing=False, vocabulary=vocabulary, device=torch.device(model.device), autocast=False
+        )
+    if found is None:
+        return {"perplexity": None, "ece": None, "heldout_positions": 0}
+    return {"perplexity": found.perplexity, "ece": found.ece, "heldout_positions": found.tokens}
+
+
+@torch.inference_mode()
+def _latency_ms(model: Any, manifest: Manifest, tokens: int) -> float:
+    ids = manifest.rows([0])[0].sequence.input_ids[:PROMPT_TOKENS]
+    prompt = torch.tensor(ids, dtype=torch.long, device=model.device)[None]
+    times = []
+    for _ in range(3):
+        out = model(prompt, use_cache=True)
+        start = time.perf_counter()
+        for _ in range(tokens):
+            out = model(out.logits[:, -1:].argmax(-1), past_key_values=out.past_key_values, use_cache=True)
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append((time.perf_counter() - start) / tokens * 1000)
+    return median(times)
+
+
+def _peak_memory_bytes(device: str) -> int:
+    """Of the device, or of the process where the device is the CPU."""
+    if device.startswith("cuda"):
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    json.dump(measure(json.load(sys.stdin)), sys.stdout)

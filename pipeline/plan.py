@@ -1,0 +1,130 @@
+"""Which units are to be scored: the corpus's sequences minus the committed ones.
+
+Enters: a corpus manifest and a store. Leaves: pending units in teaching order, saved in the store before the first
+is scored. Costs: about 100 bytes of memory a sequence.
+
+A unit's sequences are neighbours by digest, not in the corpus: that is a shuffle which no insertion, re-ordering or
+repetition disturbs, so the same set of sequences always makes the same units.
+"""
+
+from collections.abc import Iterable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Any
+
+from stillroom.pipeline.console import Console
+from stillroom.pipeline.recipe.schema import Recipe
+from stillroom.pipeline.sources import Sources
+from stillroom.storage.manifest import Manifest, ManifestIndex
+from stillroom.storage.order import unit_order
+from stillroom.storage.records import Unit
+from stillroom.storage.store import Store
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is left to do.
+
+    pending: units not committed, in teaching order. held: unique sequences of the corpus in the store already.
+    rows: of each sequence of the pending units, by digest, one manifest row that has it.
+    """
+
+    pending: tuple[Unit, ...]
+    sequences: int
+    held: int
+    rows: dict[str, int]
+
+    @property
+    def pending_sequences(self) -> int:
+        return sum(len(u.sequences) for u in self.pending)
+
+    @property
+    def pending_tokens(self) -> int:
+        return sum(sum(u.tokens) for u in self.pending)
+
+
+def make_plan(manifest: Manifest, store: Store, *, unit_tokens: int, seed: int) -> Plan:
+    """Plan the remainder, and save what is new of it.
+
+    Units that an earlier plan holds are followed as they are, if all their sequences are still wanted; only what
+    they leave over is packed anew. So a killed run and an undisturbed one score the same units.
+
+    unit_tokens: budget of a unit. seed: of the training order; units are taught in its epoch 0.
+    """
+    index = manifest.index()
+    wanted = _first_rows(index)
+    committed = store.committed()
+    planned = store.planned()
+    covered: set[str] = set()
+    for unit in planned:
+        if unit.id in committed:
+            covered.update(unit.sequences)
+    held = len(covered & wanted.keys())
+    pending: list[Unit] = []
+    for unit in planned:
+        if unit.id not in committed and all(s in wanted and s not in covered for s in unit.sequences):
+            pending.append(unit)
+            covered.update(unit.sequences)
+    fresh = pack_units(index, (row for digest, row in wanted.items() if digest not in covered), unit_tokens)
+    if fresh:
+        store.save_plan(fresh)
+    pending += fresh
+    ordered = tuple(pending[i] for i in unit_order([u.id for u in pending], seed, 0)) if pending else ()
+    rows = {s: wanted[s] for u in ordered for s in u.sequences}
+    return Plan(ordered, len(wanted), held, rows)
+
+
+def pack_units(index: ManifestIndex, rows: Iterable[int], unit_tokens: int) -> list[Unit]:
+    """Sequences in the order of their digests, cut where a unit would exceed its budget."""
+    units: list[Unit] = []
+    members: list[int] = []
+    held = 0
+    for row in sorted(rows, key=lambda r: index.sequences[r]):
+        tokens = int(index.tokens[row])
+        if members and held + tokens > unit_tokens:
+            units.append(_unit(index, members))
+            members, held = [], 0
+        members.append(row)
+        held += tokens
+    if members:
+        units.append(_unit(index, members))
+    return units
+
+
+def _unit(index: ManifestIndex, rows: Seq[int]) -> Unit:
+    return Unit(
+        tuple(index.sequences[r].decode() for r in rows),
+        tuple(int(index.tokens[r]) for r in rows),
+        tuple(int(index.contexts[r]) for r in rows),
+    )
+
+
+def _first_rows(index: ManifestIndex) -> dict[str, int]:
+    """One row of each distinct sequence: what occurs twice is scored once."""
+    first: dict[str, int] = {}
+    for row, digest in enumerate(index.sequences.tolist()):
+        first.setdefault(digest.decode(), row)
+    return first
+
+
+def plan_command(recipe: Recipe, *, console: Console) -> dict[str, Any]:
+    """`stillroom plan`: what is there, what is to be done, and what it will cost by a short pilot."""
+    sources = Sources(recipe, console)
+    manifest, store = sources.manifest(), sources.store()
+    seed = recipe.students[0].seed if recipe.students else 0
+    plan = make_plan(manifest, store, unit_tokens=recipe.store.unit_tokens, seed=seed)
+    result: dict[str, Any] = {
+        "corpus": manifest.meta.counts,
+        "store": store.uri,
+        "sequences": plan.sequences,
+        "sequences_held": plan.held,
+        "pending_units": len(plan.pending),
+        "pending_sequences": plan.pending_sequences,
+        "pending_tokens": plan.pending_tokens,
+        "free_bytes": store.files.free_bytes(),
+    }
+    if plan.pending:
+        from stillroom.pipeline.pilot import estimate
+
+        result["estimate"] = estimate(recipe, plan, manifest, sources, console)
+    return result

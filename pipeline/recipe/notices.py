@@ -1,0 +1,29 @@
+"""What is allowed and unusual in a recipe, as lines for a person. Nothing here stops a run.
+
+Enters: a `Recipe`. Leaves: lines. Costs: nothing. The chapter's ranges (§7.1) and what was measured stand with the
+student's own `advice`; here are the notices that need more than one student's section.
+"""
+
+from stillroom.pipeline.recipe.schema import Recipe
+from stillroom.pipeline.student.config import advice
+
+
+def notices(recipe: Recipe) -> list[str]:
+    lines = [f"student {student.name}: {line}" for student in recipe.students for line in advice(student)]
+    if recipe.signal.k < 32:
+        lines.append(
+            f"signal.k is {recipe.signal.k}; the top 8 of a 49,152-word teacher hold 0.76 of its probability, the top "
+            "32 0.87, the top 64 0.90 (temperature 1, measured)"
+        )
+    if recipe.signal.gap_step is not None and recipe.signal.gap_step > 1 / 4:
+        lines.append(f"signal.gap_step is {recipe.signal.gap_step:g}; a step of 1/4 already adds KL 1e-3 to the signal")
+    if recipe.store.unit_tokens < recipe.teacher.batch_tokens:
+        lines.append(
+            f"store.unit_tokens ({recipe.store.unit_tokens}) is below teacher.batch_tokens "
+            f"({recipe.teacher.batch_tokens}): a batch never crosses units, so none will be full"
+        )
+    if recipe.teacher.trust_remote_code:
+        lines.append("teacher.trust_remote_code is on: Python code that comes with the model will run on this machine")
+    if not recipe.students:
+        lines.append("the recipe has no students: the signal is made and kept, nothing is trained")
+    return lines

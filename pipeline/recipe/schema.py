@@ -1,0 +1,159 @@
+"""What a recipe says: one frozen model, with the meaning of each field under it.
+
+Enters: validated values. Leaves: `Recipe`, which the rest of the pipeline reads and never changes. Costs: nothing.
+
+The text under a field is its documentation everywhere: in the starter that `stillroom init` writes, in
+`stillroom init --reference`, and in the message when the field is missing. Relative paths are relative to the
+folder in which `stillroom` is started.
+"""
+
+import re
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from stillroom.pipeline.corpus.config import CorpusConfig
+from stillroom.pipeline.student.config import StudentConfig
+from stillroom.storage.records import SignalSpec
+
+
+def _nats(value: Any) -> Any:
+    """`"1/16"` → 0.0625; anything else is left to pydantic."""
+    if isinstance(value, str) and re.fullmatch(r"\s*\d+\s*/\s*[1-9]\d*\s*", value):
+        return float(Fraction(value.replace(" ", "")))
+    return value
+
+
+class _Section(BaseModel):
+    """Unknown keys are refused, nothing changes after validation, a docstring under a field documents it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class TeacherConfig(_Section):
+    """The model whose logits are kept, and how it is run. Model and dtype are part of the store's identity."""
+
+    model: str = Field(min_length=1)
+    """A folder that holds a model and its tokenizer, or a Hugging Face id."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Of the forward pass. bfloat16 moves logits by up to 0.8 with the shape of a batch, float32 by nothing that
+    counts; a CPU without bfloat16 instructions is slower in it."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the teacher runs. auto: cuda where `ray.gpus_per_actor` is above 0, else cpu."""
+    attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "sdpa"
+    """Attention kernel, by its name in transformers."""
+    batch_tokens: int = Field(default=4096, ge=1)
+    """Tokens of one forward pass, padding included. A sequence that is longer runs alone."""
+    slice_positions: int | None = Field(default=None, ge=1)
+    """Positions that pass through the output head at once, which bounds memory at this many × vocabulary × 4 bytes.
+    null: chosen from the vocabulary."""
+    threads: int | None = Field(default=None, ge=1)
+    """CPU threads of one actor. null: as many as its CPUs, `ray.cpus_per_actor`."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only for a model whose code you have read."""
+    compile: bool = False
+    """Compile the forward pass with torch.compile: minutes at the start of each actor, faster after that."""
+
+
+class SignalConfig(_Section):
+    """What is kept of the teacher at each position. All of it is part of the store's identity."""
+
+    k: int = Field(default=64, ge=1)
+    """Kept logits per position, the largest ones. The rest of the vocabulary is kept as one curve (its log-partition
+    at ten temperatures)."""
+    gap_step: Annotated[Annotated[float, Field(gt=0, le=4)] | None, BeforeValidator(_nats)] = 1 / 8
+    """Logits are kept as gaps to the largest one, rounded to multiples of this many nats, as a number or a fraction.
+    At k 64, 1/16 adds KL 6.5e-5 and takes 34 bytes per token, 1/8 adds 2.6e-4 and takes 24, 1/4 adds 1.0e-3 and
+    takes 18. null: float32, exact."""
+
+    def spec(self) -> SignalSpec:
+        return SignalSpec(k=self.k, gap_step=self.gap_step)
+
+
+class StoreConfig(_Section):
+    """Where the teacher's signal is kept, and in what portions."""
+
+    path: str = ""
+    """A folder or a bucket prefix (`s3://…`). Empty: `store` in the run's folder. Several recipes may share one store
+    if their teacher and signal are the same."""
+    unit_tokens: int = Field(default=16384, ge=1)
+    """Tokens of a work unit, which becomes one shard: the portion that is retried and committed as a whole."""
+    min_free_bytes: int = Field(default=1_000_000_000, ge=0)
+    """Teaching is refused if it would leave less free disk than this."""
+    safety: float = Field(default=1.2, ge=1)
+    """The estimated size is multiplied by this before it is compared with the free disk."""
+
+
+class RayConfig(_Section):
+    """How many teachers run at once, and where."""
+
+    address: str | None = None
+    """A running cluster, as ray.init takes it (`auto`, `ray://host:10001`). null: a local Ray, started and stopped by
+    the run."""
+    actors: int = Field(default=1, ge=1)
+    """Teacher processes, each with a copy of the model."""
+    cpus_per_actor: float = Field(default=1, gt=0)
+    """CPUs that Ray sets aside for each actor."""
+    gpus_per_actor: float = Field(default=0, ge=0)
+    """GPUs that Ray sets aside for each actor; below 1, actors share one."""
+    inflight_per_actor: int = Field(default=2, ge=1)
+    """Units handed to an actor at a time: 2 keep it busy while a receipt travels."""
+    retries: int = Field(default=3, ge=0)
+    """How often a unit is tried again, and an actor restarted, before the run stops."""
+    dashboard: bool = False
+    """Start Ray's dashboard with a local Ray."""
+
+
+class EvaluateConfig(_Section):
+    """What is measured on the held-out documents."""
+
+    teacher: bool = True
+    """Measure the teacher too: perplexity, memory and latency. Loads it once more."""
+    latency_tokens: int = Field(default=64, ge=1)
+    """Tokens generated to measure latency."""
+
+
+class Recipe(_Section):
+    """A teacher, a corpus, the signal that is kept, and the students trained from it."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
+    """Name of the run: letters, digits, dots, dashes and underscores."""
+    run_dir: Path = Field(default_factory=lambda data: Path("runs") / data.get("name", ""))
+    """Folder of the run: resolved recipe, plan, logs, students, summary. Default: `runs/<name>`."""
+    teacher: TeacherConfig
+    """The model whose logits are kept, and how it is run."""
+    corpus: CorpusConfig
+    """The text that the teacher reads and the students learn from."""
+    signal: SignalConfig = SignalConfig()
+    """What is kept of the teacher at each position."""
+    store: StoreConfig = StoreConfig()
+    """Where the teacher's signal is kept, and in what portions."""
+    ray: RayConfig = RayConfig()
+    """How many teachers run at once, and where."""
+    students: tuple[StudentConfig, ...] = ()
+    """The students, trained one after the other in this order, each in a process of its own."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    """What is measured on the held-out documents."""
+
+    @field_validator("students")
+    @classmethod
+    def _unique_names(cls, students: tuple[StudentConfig, ...]) -> tuple[StudentConfig, ...]:
+        names = [student.name for student in students]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"expected a different name for each student, got {', '.join(twice)} more than once")
+        return students
+
+    @model_validator(mode="after")
+    def _settle(self) -> "Recipe":
+        if self.teacher.device == "cuda" and self.ray.gpus_per_actor == 0:
+            raise ValueError(
+                "teacher.device is cuda, but ray.gpus_per_actor is 0 and Ray hides the GPUs from such an actor; "
+                "set ray.gpus_per_actor, to 0.5 for two actors on one GPU"
+            )
+        if not self.store.path:  # the one field whose default comes from another section
+            store = self.store.model_copy(update={"path": str(self.run_dir / "store")})
+            object.__setattr__(self, "store", store)
+        return self

@@ -1,0 +1,103 @@
+"""A whole recipe: corpus → teach → train → evaluate, resumed wherever it stopped.
+
+Enters: a recipe. Leaves: the run's folder, with `summary.json` last. Costs: what its stages cost; a stage that is done
+costs a look at its files.
+
+Teaching is asked for before each student, and not once for all: the second student's share of it is measured, not
+assumed, to be nothing.
+"""
+
+import json
+from typing import Any
+
+from stillroom.pipeline.console import Console, format_bytes
+from stillroom.pipeline.evaluate import evaluate
+from stillroom.pipeline.ledger import Ledger
+from stillroom.pipeline.precompute import teach
+from stillroom.pipeline.recipe import save_resolved
+from stillroom.pipeline.recipe.schema import Recipe
+from stillroom.pipeline.sources import Sources
+from stillroom.pipeline.train import train
+from stillroom.storage.files import LocalFiles
+from stillroom.storage.query import inspect_store
+from stillroom.storage.store import Store
+
+
+def run_recipe(recipe: Recipe, *, console: Console) -> dict[str, Any]:
+    """Run what is not done yet; returns the summary that it writes to `summary.json`."""
+    save_resolved(recipe, recipe.run_dir / "recipe.resolved.yaml")
+    sources = Sources(recipe, console)
+    manifest, store = sources.manifest(), sources.store()
+    ledger = Ledger(recipe.run_dir / "ledger.jsonl")
+    students = []
+    for student in recipe.students:
+        teach(recipe, manifest, store, sources, console, ledger=ledger, on_behalf_of=student.name)
+        students.append(train(recipe, student, console))
+    if not recipe.students:
+        teach(recipe, manifest, store, sources, console, ledger=ledger, on_behalf_of="")
+    evaluation = evaluate(recipe, console)
+    summary = summarise(recipe, store, ledger, students, evaluation)
+    LocalFiles(recipe.run_dir).write("summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+    _show(recipe, summary, console)
+    return summary
+
+
+def summarise(
+    recipe: Recipe, store: Store, ledger: Ledger, students: list[dict[str, Any]], evaluation: dict[str, Any]
+) -> dict[str, Any]:
+    """The run in numbers; teaching counted over all its runs, interrupted ones too."""
+    held = inspect_store(store.uri)
+    first = recipe.students[0].name if recipe.students else ""
+    later = {s.name for s in recipe.students[1:]}
+    return {
+        "recipe": recipe.name,
+        "store": store.uri,
+        "tokens": held["tokens"],
+        "shards": held["shards"],
+        "bytes": held["bytes"],
+        "bytes_per_token": held["bytes_per_token"],
+        "capture_tokens_per_s": ledger.tokens_per_s(),
+        "teacher_batches_first_run": ledger.batches({first, ""}),
+        "teacher_batches_second_run": ledger.batches(later),
+        "students": [_student(s) for s in students],
+        "models": evaluation["models"],
+    }
+
+
+def _student(result: dict[str, Any]) -> dict[str, Any]:
+    """One student's line of the summary; a corpus without held-out documents leaves the measures null."""
+    line = {key: result[key] for key in ("name", "parameters", "layers", "steps", "trained_positions", "seconds")}
+    for when in ("before", "after"):
+        found = result[when] or {}
+        line |= {
+            f"kl_{when}": found.get("kl"),
+            f"top1_{when}": found.get("top1"),
+            f"ppl_{when}": found.get("perplexity"),
+            f"ece_{when}": found.get("ece"),
+        }
+    return line | {"export": result["export"]}
+
+
+def _show(recipe: Recipe, summary: dict[str, Any], console: Console) -> None:
+    def change(line: dict[str, Any], key: str, digits: int) -> str:
+        before, after = line[f"{key}_before"], line[f"{key}_after"]
+        return "" if before is None or after is None else f"{before:.{digits}f} → {after:.{digits}f}"
+
+    rows = [[s["name"], *(change(s, key, digits) for key, digits in _SHOWN)] for s in summary["students"]]
+    console.table(
+        ["student", "held-out KL to the teacher (nats)", "top-1 agreement", "perplexity"],
+        rows,
+        title="students, before → after",
+    )
+    speed = summary["capture_tokens_per_s"]
+    console.info(
+        f"store: {summary['tokens']:,} tokens in {summary['shards']:,} shards, {format_bytes(summary['bytes'])}, "
+        f"{summary['bytes_per_token']} bytes/token" + (f", captured at {speed:,.0f} tokens/s" if speed else "")
+    )
+    batches = summary["teacher_batches_first_run"], summary["teacher_batches_second_run"]
+    console.info(f"teacher batches: {batches[0]} for the first student, {batches[1]} for the later ones")
+    console.info(f"run: {recipe.run_dir} (summary.json, students/*/export); store: {summary['store']}")
+    console.info(f"next: stillroom inspect {summary['store']}    stillroom verify {summary['store']}")
+
+
+_SHOWN = (("kl", 3), ("top1", 3), ("ppl", 2))

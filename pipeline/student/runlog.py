@@ -1,0 +1,113 @@
+"""What a run tells: `log.jsonl` (every step), TensorBoard, and a progress bar or plain lines on stderr.
+
+Enters: records of steps and evaluations. Leaves: lines. Costs: some 300 bytes a step.
+
+`log.jsonl` holds exactly the steps of the run: on resume it is cut back to the checkpoint, so no step is there twice.
+Records: {"kind": "step", "step": n (from 1), …} and {"kind": "evaluation", "step": n, …}.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+LOG = "log.jsonl"
+#: What of a step's record goes to TensorBoard.
+SCALARS = ("loss", "kd", "ce", "lr", "grad_norm", "tokens_per_s", "data_wait")
+
+
+class RunLog:
+    """Opened with the number of steps already done and checkpointed; later ones are dropped from the log."""
+
+    def __init__(self, run_dir: Path, *, name: str, done: int, total: int, log_every: int) -> None:
+        self._name, self._total, self._log_every = name, total, log_every
+        cut_back(run_dir / LOG, done=done, total=total)
+        self._file = (run_dir / LOG).open("a")
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=done + 1)
+        self._console = Console(stderr=True)
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        if self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+                TextColumn("{task.fields[loss]}"), console=self._console,
+            )  # fmt: skip
+            self._task = self._bar.add_task(name, total=total, completed=done, loss="")
+
+    def __enter__(self) -> Self:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+        self._board.close()
+        self._file.close()
+
+    def say(self, line: str) -> None:
+        """One line for people."""
+        if self._bar:
+            self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def step(self, record: dict[str, Any]) -> None:
+        """A step's record; on disk before this returns."""
+        step = record["step"]
+        self._write({"kind": "step", **record})
+        loss = "skipped" if record["skipped"] else f"loss {record['loss']:.4f}"
+        if self._bar:
+            self._bar.update(self._task, completed=step, loss=f"{loss}  {record['tokens_per_s']:,.0f} tokens/s")
+        if step % self._log_every and step != self._total and step != 1:
+            return
+        for key in SCALARS:
+            if record[key] is not None:
+                self._board.add_scalar(f"train/{key}", record[key], step)
+        if not self._bar:
+            self.say(
+                f"{self._name}: step {step}/{self._total}  {loss}  lr {record['lr']:.2e}  "
+                f"{record['tokens_per_s']:,.0f} tokens/s  waiting for data {record['data_wait']:.0%}"
+            )
+
+    def evaluation(self, step: int, metrics: dict[str, Any]) -> None:
+        """Metrics on the held-out split after `step` steps."""
+        self._write({"kind": "evaluation", "step": step, **metrics})
+        for key, value in metrics.items():
+            if value is not None:
+                self._board.add_scalar(f"heldout/{key}", value, step)
+        shown = "  ".join(f"{k} {v:,.4g}" for k, v in metrics.items() if v is not None)
+        self.say(f"{self._name}: held-out after {step} steps: {shown}")
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+
+def cut_back(path: Path, *, done: int, total: int) -> None:
+    """Keep the records up to step `done`; a line torn by a kill is the last one and goes with the rest.
+
+    Before the first checkpoint (done = 0) nothing is kept: the run starts over. The evaluation after the last step
+    comes after its checkpoint and is done again. Evaluations in between come before theirs.
+    """
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines() if done else []:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            break
+        if record["step"] <= done and (record["kind"], record["step"]) != ("evaluation", total):
+            kept.append(line + "\n")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept))
+    os.replace(temporary, path)

@@ -1,0 +1,140 @@
+"""Where a store's bytes lie. One seam for local folders now and object stores later.
+
+Enters: a store's URI and names relative to it. Leaves: bytes. Costs: a write is temp, fsync, rename, fsync of the
+folder; nothing is visible under its name before it is whole.
+"""
+
+import errno
+import hashlib
+import os
+import shutil
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+from typing import Protocol
+from uuid import uuid4
+
+import pyarrow as pa
+
+from stillroom.storage.errors import StoreError, StoreFull
+
+
+class Files(Protocol):
+    """Named byte strings under one root. Names are relative POSIX paths inside it."""
+
+    uri: str
+
+    def write(self, name: str, data: bytes | memoryview) -> None:
+        """Put `data` under `name`, whole or not at all. Raises StoreFull, StoreError."""
+
+    def read(self, name: str) -> bytes:
+        """All bytes of `name`. Raises StoreError if there is none."""
+
+    def open(self, name: str) -> pa.NativeFile:
+        """A random-access reader of `name`. Raises StoreError if there is none."""
+
+    def exists(self, name: str) -> bool: ...
+
+    def list(self, prefix: str) -> list[str]:
+        """Names in the folder `prefix` (not below it), sorted; empty if there is no such folder."""
+
+    def free_bytes(self) -> int | None:
+        """Room left, or None where nobody can tell."""
+
+
+def check_name(name: str) -> PurePosixPath:
+    """The name as a path. Raises StoreError if it is absolute or climbs out of the store."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name or not path.parts:
+        raise StoreError(
+            f"path {name!r} leads out of the store; the log or a snapshot that names it is not to be trusted"
+        )
+    return path
+
+
+class LocalFiles:
+    """A folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.uri = str(root)
+
+    def write(self, name: str, data: bytes | memoryview) -> None:
+        target = self.root / check_name(name)
+        temporary = target.with_name(f".{target.name}.{uuid4().hex}.tmp")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(target)
+            _sync_folder(target.parent)
+        except OSError as error:
+            with suppress(OSError):  # the first error is the one to tell; a temporary file counts for nothing
+                temporary.unlink()
+            raise _explain(error, target, len(data)) from error
+
+    def read(self, name: str) -> bytes:
+        path = self.root / check_name(name)
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise StoreError(f"cannot read {path}: {error.strerror}") from error
+
+    def open(self, name: str) -> pa.NativeFile:
+        path = self.root / check_name(name)
+        try:
+            return pa.memory_map(str(path))
+        except OSError as error:
+            raise StoreError(f"cannot read {path}: {os.strerror(error.errno) if error.errno else error}") from error
+
+    def exists(self, name: str) -> bool:
+        path = self.root / check_name(name)
+        try:
+            return path.exists()
+        except OSError as error:
+            raise StoreError(f"cannot read {path}: {error.strerror}") from error
+
+    def list(self, prefix: str) -> list[str]:
+        folder = self.root / prefix
+        try:
+            names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+        except OSError as error:
+            raise StoreError(f"cannot list {folder}: {error.strerror}") from error
+        return sorted(f"{prefix}/{name}" if prefix else name for name in names if not name.endswith(".tmp"))
+
+    def free_bytes(self) -> int | None:
+        folder = self.root
+        while not folder.exists():
+            folder = folder.parent
+        return shutil.disk_usage(folder).free
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _explain(error: OSError, target: Path, size: int) -> StoreError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StoreFull(
+            f"no room for {size:,} bytes at {target.parent}: free some space and run the same command again"
+        )
+    return StoreError(f"cannot write {target}: {error.strerror}")
+
+
+def open_files(uri: str) -> Files:
+    """The files of a store. Raises StoreError for a scheme that is not supported."""
+    scheme, separator, rest = uri.partition("://")
+    if not separator:
+        return LocalFiles(Path(uri).absolute())
+    if scheme == "file":
+        return LocalFiles(Path(rest))
+    raise StoreError(f"store {uri}: scheme {scheme!r} is not supported, expected a local folder")
+
+
+def sha256_hex(data: bytes | memoryview) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,77 @@
+"""A pinned view of a store: all that a student needs to know of it, in one file of its own.
+
+Enters: a store. Leaves: identity, root and, unit by unit, path, digest and sequences. Costs: about 40 bytes a
+sequence. A training run reads no log: what it trains on is fixed when it starts, and resumes from the same list.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from stillroom.storage.errors import CorruptShard, StoreError
+from stillroom.storage.files import LocalFiles
+from stillroom.storage.identity import Identity
+from stillroom.storage.plans import units_of_table, units_table
+from stillroom.storage.records import ShardRef, Unit, digest128
+
+VERSION = 1
+_KEY, _DIGEST_KEY = "stillroom.snapshot", "stillroom.snapshot.digest"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Pinned shards.
+
+    uri: the store's root. refs: by unit id. units: those of `refs`, in plan order.
+    """
+
+    uri: str
+    identity: Identity
+    units: tuple[Unit, ...]
+    refs: dict[str, ShardRef]
+
+    @cached_property
+    def digest(self) -> str:
+        """32 hex digits over the paths, which hold the files' own digests."""
+        return digest128(b"stillroom.snapshot.1", *(self.refs[u.id].path.encode() for u in self.units))
+
+    def write(self, path: Path) -> None:
+        """One Parquet file, whole or not at all."""
+        header = {
+            "version": VERSION,
+            "uri": self.uri,
+            "identity": json.loads(self.identity.to_json()),
+            "shards": {
+                u.id: [self.refs[u.id].path, self.refs[u.id].sha256, self.refs[u.id].size_bytes] for u in self.units
+            },
+        }
+        text = json.dumps(header).encode()
+        # Page checksums do not cover the footer, where this lies.
+        table = units_table(self.units).replace_schema_metadata({_KEY: text, _DIGEST_KEY: digest128(text)})
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+        LocalFiles(path.parent).write(path.name, memoryview(sink.getvalue()))
+
+    @staticmethod
+    def read(path: Path) -> "Snapshot":
+        """Raises StoreError naming the file if it cannot be read or is of another version."""
+        try:
+            table = pq.read_table(path, page_checksum_verification=True)
+            metadata = table.schema.metadata or {}
+            text, stated = metadata[_KEY.encode()], metadata[_DIGEST_KEY.encode()]
+            units = tuple(units_of_table(table, str(path)))
+        except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+            raise StoreError(f"snapshot {path} cannot be read: {' '.join(str(error).split())}") from error
+        if digest128(text) != stated.decode(errors="replace"):
+            raise CorruptShard(f"snapshot {path} is damaged: its header does not have the digest stated")
+        header = json.loads(text)
+        if header["version"] != VERSION:
+            raise StoreError(f"snapshot {path} is of version {header['version']}, this release reads {VERSION}")
+        refs = {unit: ShardRef(unit, *fields) for unit, fields in header["shards"].items()}
+        if refs.keys() != {u.id for u in units}:
+            raise CorruptShard(f"snapshot {path} is damaged: it names {len(refs)} shards and plans {len(units)} units")
+        return Snapshot(header["uri"], Identity.from_json(json.dumps(header["identity"])), units, refs)

@@ -1,0 +1,112 @@
+"""A store: committed shards of one identity under one root.
+
+Enters: a URI, and an identity where it is new. Leaves: plans, commits, snapshots, stored sequences. Costs: opening
+reads the identity and the log; nothing else is touched until asked for.
+
+    <root>/_stillroom/identity.json    what the numbers are
+    <root>/_stillroom/plans/           which sequence belongs to which unit
+    <root>/_delta_log/                 which shards count
+    <root>/shards/                     the shards
+"""
+
+from collections.abc import Container, Iterable, Iterator
+from collections.abc import Sequence as Seq
+
+from stillroom.storage import plans
+from stillroom.storage.errors import FormatMismatch, StoreError
+from stillroom.storage.files import Files, open_files
+from stillroom.storage.identity import Identity
+from stillroom.storage.log import CommitLog
+from stillroom.storage.records import Receipt, ShardRef, Unit
+from stillroom.storage.shard import ShardReader, StoredSequence
+from stillroom.storage.snapshot import Snapshot
+
+IDENTITY = "_stillroom/identity.json"
+
+
+class Store:
+    """Made by `open_store` or `create_store`."""
+
+    def __init__(self, files: Files, identity: Identity, log: CommitLog) -> None:
+        self.files = files
+        self.identity = identity
+        self._log = log
+
+    @property
+    def uri(self) -> str:
+        return self.files.uri
+
+    def committed(self) -> dict[str, ShardRef]:
+        """Committed shards by unit id, as the log has them now."""
+        return self._log.refs()
+
+    def commit(self, receipts: Iterable[Receipt]) -> list[Receipt]:
+        """Make written shards count, each unit once; returns the receipts that this call made count."""
+        return self._log.commit(receipts)
+
+    def planned(self) -> list[Unit]:
+        """Units of all saved plans, oldest first, committed or not."""
+        return plans.load_plans(self.files)
+
+    def save_plan(self, units: Seq[Unit]) -> None:
+        """Keep a plan. It is written before its first unit is scored, so that a resume follows it."""
+        plans.save_plan(self.files, units)
+
+    def snapshot(self, sequences: Container[str] | None = None) -> Snapshot:
+        """Pin what is committed now, or of that the units that hold any of `sequences`.
+
+        Raises StoreError where the log names a unit that no plan has.
+        """
+        refs = self.committed()
+        units = tuple({u.id: u for u in self.planned() if u.id in refs}.values())
+        if len(units) != len(refs):
+            unknown = sorted(set(refs) - {u.id for u in units})
+            raise StoreError(
+                f"store {self.uri}: the log has {len(unknown)} units that no plan in _stillroom/plans names, "
+                f"the first is {unknown[0]}; a plan file was lost"
+            )
+        if sequences is not None:
+            units = tuple(u for u in units if any(s in sequences for s in u.sequences))
+        return Snapshot(self.uri, self.identity, units, {u.id: refs[u.id] for u in units})
+
+    def reader(self, ref: ShardRef) -> ShardReader:
+        """A verified reader of one shard."""
+        return ShardReader(self.files, ref, self.identity)
+
+    def sequences(self) -> Iterator[StoredSequence]:
+        """Every committed sequence, by unit id."""
+        for _, ref in sorted(self.committed().items()):
+            yield from self.reader(ref)
+
+
+def open_store(uri: str) -> Store:
+    """Open a store that exists.
+
+    Raises FormatMismatch if there is no store at `uri`, IdentityMismatch if its identity file is damaged,
+    StoreError if the log cannot be read.
+    """
+    files = open_files(str(uri))
+    if not files.exists(IDENTITY):
+        raise FormatMismatch(f"{files.uri} is no store: it has no {IDENTITY}")
+    return Store(files, _read_identity(files), CommitLog.open(files.uri))
+
+
+def create_store(uri: str, identity: Identity) -> Store:
+    """Open the store at `uri`, or found it.
+
+    Raises IdentityMismatch, naming the parts that differ, if another identity lives there.
+    """
+    files = open_files(str(uri))
+    if files.exists(IDENTITY):
+        held = _read_identity(files)
+        held.require_equal(identity, files.uri)
+    else:
+        files.write(IDENTITY, identity.to_json().encode())
+    return Store(files, identity, CommitLog.create(files.uri, identity.signal.gap_step))
+
+
+def _read_identity(files: Files) -> Identity:
+    try:
+        return Identity.from_json(files.read(IDENTITY).decode())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FormatMismatch(f"{files.uri}/{IDENTITY} cannot be read ({error}): the file was damaged") from error

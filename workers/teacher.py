@@ -1,0 +1,72 @@
+"""What a teacher is, whatever runs it.
+
+Enters: a `TeacherSpec`, picklable and free of torch. Leaves: the `Teacher` protocol that actors and drivers speak.
+Costs: nothing; importing this module loads no framework.
+"""
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from stillroom.storage.records import Sequence, TopK
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherSpec:
+    """How a teacher is loaded and run."""
+
+    folder: Path
+    """Folder with config.json, safetensors and tokenizer.json: what `source.resolve_model` returns."""
+
+    dtype: Dtype = "float32"
+    """Of the forward pass. Part of the identity. A CPU without bf16 instructions is faster in float32."""
+
+    device: str = "auto"
+    """"cpu", "cuda", "cuda:1" …; "auto" is cuda where there is one. In a Ray actor "cuda" is the GPU it was given."""
+
+    attention: str | None = None
+    """Transformers' `attn_implementation`: "sdpa", "eager", "flash_attention_2" …; None is its choice for the model."""
+
+    batch_tokens: int = 4096
+    """Padded tokens per forward pass. Part of what fixes the batch shapes, hence the last bits of the rows."""
+
+    slice_positions: int | None = None
+    """Positions whose logits are in memory at once; None is what fits in 64 MiB of float32 [·, V], at least 64."""
+
+    threads: int | None = None
+    """CPU threads of the process; None leaves torch's choice. Changes no bit of the rows (heads of 16 channels up)."""
+
+    trust_remote_code: bool = False
+    """Whether code that lies in the model's folder may run."""
+
+    compile: bool = False
+    """torch.compile for the model's body. Pays on a GPU with long runs; shifts rows within the noise band."""
+
+
+class Teacher(Protocol):
+    """Scores sequences in isolation. Not thread-safe; one per process."""
+
+    @property
+    def vocabulary(self) -> int:
+        """V, the real one."""
+
+    def identity_parts(self) -> dict[str, Any]:
+        """The fields of `storage.identity.Identity` that the teacher knows: all but `teacher` and `signal`."""
+
+    def batches(self, sequences: Seq[Sequence]) -> list[list[int]]:
+        """The forward passes that `score` makes of a unit, as indices into it."""
+
+    def score(self, sequences: Seq[Sequence], *, k: int) -> list[TopK]:
+        """One block of R rows per sequence, in the order given: positions first_position … T − 1.
+
+        Raises TeacherError for a sequence beyond the model's positions, BadLogits naming the sequences.
+        """
+
+    def provenance(self, sequences: Seq[Sequence]) -> dict[str, Any]:
+        """What may shift the rows of this unit within the noise band. Equal runs give equal dicts."""
+
+    def release(self) -> None:
+        """Free the device's memory. The teacher is of no use afterwards."""

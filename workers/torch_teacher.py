@@ -1,0 +1,201 @@
+"""Any transformers causal LM as a teacher.
+
+Enters: a `TeacherSpec`. Leaves: `TorchTeacher`, which turns sequences into `TopK` blocks. Costs: the weights, one
+batch's hidden states, and one slice of logits [S, V] (64 MiB) with two such buffers or less; see workers/sliced.py.
+"""
+
+import gc
+import platform
+from collections.abc import Sequence as Seq
+from functools import partial
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor, nn
+
+from stillroom.storage.errors import TeacherError
+from stillroom.storage.records import Sequence, TopK
+from stillroom.workers import batching
+from stillroom.workers.digests import identity_parts
+from stillroom.workers.extract import CPU_CHUNK_BYTES, extract
+from stillroom.workers.sliced import FEWEST_ROWS, SlicedModel
+from stillroom.workers.source import cache_folder, load_tokenizer, quiet
+from stillroom.workers.teacher import TeacherSpec
+
+SLICE_BYTES = 64 << 20
+
+
+class TorchTeacher:
+    """A `Teacher` (see workers/teacher.py). Raises TeacherError where the model cannot be one."""
+
+    def __init__(self, spec: TeacherSpec) -> None:
+        if spec.threads is not None:
+            torch.set_num_threads(spec.threads)
+        self.spec = spec
+        self.device = _device(spec.device)
+        tokenizer = load_tokenizer(spec.folder, trust_remote_code=spec.trust_remote_code)
+        self._parts = identity_parts(
+            spec.folder, tokenizer.backend_tokenizer.to_str(), dtype=spec.dtype, cache_dir=cache_folder()
+        )
+        self._vocabulary = int(self._parts["vocabulary"])
+        model = _load(spec, self.device)
+        config = model.config.get_text_config()
+        self._positions: int | None = getattr(config, "max_position_embeddings", None)
+        self._attention = str(config._attn_implementation)
+        self._slice = spec.slice_positions or max(64, SLICE_BYTES // (4 * config.vocab_size))
+        self._model: SlicedModel | None = SlicedModel(model, device=self.device, vocabulary=self._vocabulary)
+        if spec.compile:
+            self._model.body.compile(dynamic=True)
+
+    @property
+    def vocabulary(self) -> int:
+        """V, the real one: one more than the largest id of the tokenizer."""
+        return self._vocabulary
+
+    def identity_parts(self) -> dict[str, Any]:
+        """All fields of an `Identity` but `teacher` and `signal`."""
+        return dict(self._parts)
+
+    def batches(self, sequences: Seq[Sequence]) -> list[list[int]]:
+        """The forward passes that `score` makes, as indices into `sequences`."""
+        return batching.batches([len(s.input_ids) for s in sequences], self.spec.batch_tokens)
+
+    def score(self, sequences: Seq[Sequence], *, k: int) -> list[TopK]:
+        """One block of R rows for each sequence, in the order given.
+
+        Row r is the model's `.logits[:, first_position + r]`, with the sequence alone in its context.
+        Raises TeacherError (k or a length or an id out of range), BadLogits (with the sequence's digest).
+        """
+        self._check(sequences, k)
+        blocks: dict[int, TopK] = {}
+        for group in self.batches(sequences):
+            blocks.update(zip(group, self._score_batch([sequences[i] for i in group], k), strict=True))
+        return [blocks[i] for i in range(len(sequences))]
+
+    def provenance(self, sequences: Seq[Sequence]) -> dict[str, Any]:
+        """Versions, device, settings and this unit's batch shapes: no times, hosts or paths."""
+        lengths = [len(s.input_ids) for s in sequences]
+        return {
+            "engine": "torch",
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "device": _device_name(self.device),
+            "dtype": self.spec.dtype,
+            "matmul_precision": torch.get_float32_matmul_precision(),
+            "attention": self._attention,
+            "compile": self.spec.compile,
+            "threads": torch.get_num_threads(),
+            "slice_positions": self._slice,
+            "batch_shapes": [list(shape) for shape in batching.shapes(lengths, self.batches(sequences))],
+        }
+
+    def release(self) -> None:
+        """Free the weights. The teacher is of no use afterwards."""
+        self._model = None
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    @torch.inference_mode()
+    def _score_batch(self, sequences: Seq[Sequence], k: int) -> list[TopK]:
+        if self._model is None:
+            raise TeacherError(f"teacher {self.spec.folder} was released; load it anew to score more")
+        ids_BT, mask_BT = _pad([s.input_ids for s in sequences])
+        width = ids_BT.shape[1]
+        rows = [range(i * width + s.first_position, i * width + len(s.input_ids)) for i, s in enumerate(sequences)]
+        rows_N = np.concatenate([np.arange(r.start, r.stop) for r in rows])
+
+        def name(start: int, row: int) -> str:
+            i, t = divmod(int(rows_N[start + row]), width)
+            return f"position {t} of sequence {sequences[i].digest}"
+
+        hidden_ND = self._model.hidden(ids_BT, mask_BT).flatten(0, 1)[torch.from_numpy(rows_N).to(self.device)]
+        slices = [
+            extract(
+                self._model.logits(hidden_ND[start : start + self._slice]),
+                k=k,
+                vocabulary=self._vocabulary,
+                chunk_bytes=CPU_CHUNK_BYTES if self.device.type == "cpu" else SLICE_BYTES,
+                name_row=partial(name, start),
+            )
+            for start in range(0, len(hidden_ND), self._slice)
+        ]
+        scored = TopK.concatenate(slices)
+        ends = list(accumulate(len(r) for r in rows))
+        return [scored[end - len(r) : end] for r, end in zip(rows, ends, strict=True)]
+
+    def _check(self, sequences: Seq[Sequence], k: int) -> None:
+        if not 1 <= k < self._vocabulary:
+            raise TeacherError(
+                f"signal.k is {k}, expected 1 to {self._vocabulary - 1} (the teacher's vocabulary less one)"
+            )
+        for s in sequences:
+            if self._positions is not None and len(s.input_ids) > self._positions:
+                raise TeacherError(
+                    f"sequence {s.digest} has {len(s.input_ids):,} tokens, the teacher's positions end at "
+                    f"{self._positions:,}; set corpus.window to at most that"
+                )
+            lowest, highest = int(s.input_ids.min()), int(s.input_ids.max())
+            if lowest < 0 or highest >= self._vocabulary:
+                raise TeacherError(
+                    f"sequence {s.digest} has ids {lowest}..{highest}, the teacher's vocabulary is "
+                    f"0..{self._vocabulary - 1}; the corpus was tokenised with another tokenizer, prepare it anew"
+                )
+
+
+def _load(spec: TeacherSpec, device: torch.device) -> Any:
+    try:
+        with quiet():
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                spec.folder,
+                dtype=getattr(torch, spec.dtype),
+                attn_implementation=spec.attention,
+                trust_remote_code=spec.trust_remote_code,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+            model = model.to(device).eval()
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise TeacherError(f"cannot load teacher {spec.folder}: {_first_line(error)}") from error
+    missing = sorted([*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])])
+    if missing:
+        raise TeacherError(
+            f"teacher {spec.folder}: {len(missing)} weights are not in its files or have another shape, "
+            f"e.g. {missing[0]}; transformers would fill them with random numbers; fetch the folder anew"
+        )
+    return model
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise TeacherError(
+            f"teacher.device is {name}, but torch {torch.__version__} sees no GPU here; set it to cpu or auto"
+        )
+    return torch.device(name)
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _pad(sequences: Seq[np.ndarray[Any, Any]]) -> tuple[Tensor, Tensor | None]:
+    """ids int64 [B, T] and their mask, None where nothing is padded. Right padding with id 0, to B·T ≥ FEWEST_ROWS."""
+    lengths_B = torch.tensor([len(ids) for ids in sequences])
+    ids_BT = nn.utils.rnn.pad_sequence([torch.from_numpy(ids.astype(np.int64)) for ids in sequences], batch_first=True)
+    ids_BT = nn.functional.pad(ids_BT, (0, max(0, -(-FEWEST_ROWS // len(sequences)) - ids_BT.shape[1])))
+    if int(lengths_B.min()) == ids_BT.shape[1]:
+        return ids_BT, None
+    return ids_BT, (torch.arange(ids_BT.shape[1]) < lengths_B[:, None]).long()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
