@@ -107,6 +107,9 @@ def _ls(arguments: Namespace, console: Console) -> tuple[Result, int]:
     stores = list_stores(arguments.root)
     if not stores:
         console.info(f"no store under {arguments.root}")
+    if not arguments.json:  # what fits a terminal; --json has it all
+        columns = ("store", "identity", "teacher", "tokens", "bytes", "bytes_per_token", "error")
+        stores = [{key: store[key] for key in columns if key in store} for store in stores]
     return {"stores": stores}, 0
 
 
@@ -124,7 +127,7 @@ def _verify(arguments: Namespace, console: Console) -> tuple[Result, int]:
     from stillroom.storage.verify import verify_store
 
     with console.progress(None, "shards", label="verify") as progress:
-        result = verify_store(arguments.store, lambda done, total: progress.update(done, total))
+        result = verify_store(arguments.store, progress.update)
     return result, 1 if result["problems"] else 0
 
 

@@ -6,8 +6,10 @@ teacher's time; the driver moves token ids out and receipts back, never signal.
     plan ─► unit + its token ids ─► actor: score, encode, write shard ─► receipt ─► commit in batches
 """
 
+import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -149,6 +151,24 @@ def _payloads(plan: Plan, manifest: Manifest) -> Iterator[tuple[Unit, list[Seque
         yield unit, [row.sequence for row in rows]
 
 
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait until the block is done. Main thread only.
+
+    By handlers, as masking them does not do: Ray's threads would take the signal, and Python runs its handler here.
+    """
+    received: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda got, _: received.append(got)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+        for number in received:
+            signal.raise_signal(number)
+
+
 class _Batch:
     """Receipts that wait for their commit. What a commit made count is in the ledger a moment later, so that a killed
     driver's work is counted too."""
@@ -179,23 +199,25 @@ class _Batch:
             self.commit()
 
     def commit(self) -> None:
+        """Log and ledger together: a Ctrl-C between the two would leave work that the ledger never counts."""
         if not self._waiting:
             return
-        self._store.commit(self._waiting)
-        seconds = self._clock() - self._last
-        self._ledger.add(
-            {
-                "on_behalf_of": self._on_behalf_of,
-                "units_scored": len(self._waiting),
-                "teacher_batches": sum(r.batches for r in self._waiting),
-                "tokens_scored": sum(r.tokens for r in self._waiting),
-                "bytes_written": sum(r.shard.size_bytes for r in self._waiting),
-                "wall_s": round(seconds, 3),
-            }
-        )
-        self.taught.wall_s += seconds
-        self._waiting = []
-        self._last = self._clock()
+        with uninterrupted():
+            self._store.commit(self._waiting)
+            seconds = self._clock() - self._last
+            self._ledger.add(
+                {
+                    "on_behalf_of": self._on_behalf_of,
+                    "units_scored": len(self._waiting),
+                    "teacher_batches": sum(r.batches for r in self._waiting),
+                    "tokens_scored": sum(r.tokens for r in self._waiting),
+                    "bytes_written": sum(r.shard.size_bytes for r in self._waiting),
+                    "wall_s": round(seconds, 3),
+                }
+            )
+            self.taught.wall_s += seconds
+            self._waiting = []
+            self._last = self._clock()
 
 
 class _Room:

@@ -40,7 +40,7 @@ class Sources:
     def tokenizer(self) -> Any:
         from stillroom.workers.source import load_tokenizer
 
-        return load_tokenizer(self.teacher_folder)
+        return load_tokenizer(self.teacher_folder, trust_remote_code=self._recipe.teacher.trust_remote_code)
 
     def manifest(self) -> Manifest:
         """The corpus as sequences; read again only if the corpus, its settings or the tokenizer changed."""

@@ -39,9 +39,13 @@ class CommitLog:
 
     @staticmethod
     def create(uri: str, gap_step: float | None) -> "CommitLog":
-        """An empty log at `uri`, or the one already there."""
-        schema = shard_schema(gap_step)
-        return CommitLog(DeltaTable.create(uri, pa.schema(schema), mode="ignore"))
+        """An empty log at `uri`, or the one already there. Raises StoreError if it cannot be made."""
+        try:
+            return CommitLog(DeltaTable.create(uri, shard_schema(gap_step), mode="ignore"))
+        except CommitFailedError:
+            return CommitLog.open(uri)  # another founder was faster
+        except (DeltaError, OSError) as error:
+            raise StoreError(f"commit log of {uri} cannot be made: {' '.join(str(error).split())}") from error
 
     @staticmethod
     def open(uri: str) -> "CommitLog":

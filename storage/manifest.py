@@ -68,7 +68,8 @@ def runs_from_mask(mask: NDArray[np.bool_]) -> Int32:
     if len(mask) == 0:
         return np.zeros(0, np.int32)
     edges = np.flatnonzero(mask[1:] != mask[:-1]) + 1
-    runs = np.diff(edges, prepend=0, append=len(mask)).astype(np.int32)
+    bounds = np.concatenate([(0,), edges, (len(mask),)])
+    runs = (bounds[1:] - bounds[:-1]).astype(np.int32)
     return np.concatenate([np.zeros(1, np.int32), runs]) if mask[0] else runs
 
 

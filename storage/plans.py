@@ -49,7 +49,7 @@ def units_of_table(table: pa.Table, where: str) -> list[Unit]:
     sequences, tokens, contexts = (table[n].to_pylist() for n in ("sequence", "tokens", "context"))
     starts = [i for i in range(len(ids)) if i == 0 or ids[i] != ids[i - 1]]
     units = []
-    for start, stop in zip(starts, [*starts[1:], len(ids)], strict=True):
+    for start, stop in zip(starts, [*starts, len(ids)][1:], strict=True):
         unit = Unit(tuple(sequences[start:stop]), tuple(tokens[start:stop]), tuple(contexts[start:stop]))
         if unit.id != ids[start]:
             raise CorruptShard(f"{where}: unit {ids[start]} does not match its sequences; the file was damaged")

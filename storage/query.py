@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
-from stillroom.storage.errors import StillroomError, StoreError
+from stillroom.storage.errors import CorruptShard, StillroomError, StoreError
 from stillroom.storage.records import ShardRef, TopK
 from stillroom.storage.store import IDENTITY, Store, open_store
 
@@ -80,7 +81,7 @@ def _column_sizes(store: Store, refs: list[ShardRef]) -> dict[str, float]:
     sizes: dict[str, int] = {}
     tokens = 0
     for ref in refs:
-        metadata = pq.read_metadata(store.files.open(ref.path))
+        metadata = _footer(store, ref)
         for group in range(metadata.num_row_groups):
             for number in range(metadata.num_columns):
                 column = metadata.row_group(group).column(number)
@@ -88,6 +89,14 @@ def _column_sizes(store: Store, refs: list[ShardRef]) -> dict[str, float]:
                 sizes[name] = sizes.get(name, 0) + column.total_compressed_size
                 tokens += column.num_values if name == "input_ids" else 0
     return {name: round(size / max(tokens, 1), 2) for name, size in sizes.items()}
+
+
+def _footer(store: Store, ref: ShardRef) -> pq.FileMetaData:
+    try:
+        return pq.read_metadata(store.files.open(ref.path))
+    except (pa.ArrowException, OSError) as error:
+        where = f"{store.uri}/{ref.path}"
+        raise CorruptShard(f"{where} is no Parquet file: {error}; run `stillroom verify {store.uri}`") from error
 
 
 def _unit(store: Store, unit: str, positions: int) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def digest128(*parts: bytes) -> str:
     return h.hexdigest()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sequence:
     """The token ids that the teacher sees at once, and from where on its signal is kept.
 

@@ -20,6 +20,9 @@ _SHIFTS = (-2, -1, 0, 1, 2)
 #: Below this many positions the agreement of a shift is chance.
 _ENOUGH_POSITIONS = 200
 
+#: By how many standard errors another shift must agree better than +1: one of five chances is always the largest.
+_STANDARD_ERRORS = 5
+
 
 def verify_store(uri: str, progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
     """Read everything that is committed and check it.
@@ -111,12 +114,15 @@ class _Agreement:
     def problems(self) -> list[str]:
         if self._seen.min() < _ENOUGH_POSITIONS:
             return []
-        shares = self.shares()
-        best = max(shares, key=lambda shift: shares[shift])
-        if best == "+1":
+        shares = self._hits / self._seen
+        best, following = int(np.argmax(shares)), _SHIFTS.index(1)
+        spread = np.sqrt(((shares * (1 - shares)) / self._seen)[[best, following]].sum())
+        if shares[best] - shares[following] <= _STANDARD_ERRORS * spread:
             return []
-        at_best, at_next = shares[best], shares["+1"]
-        return [f"rows look shifted: top-1 agrees with the token at {best} ({at_best}) more than at +1 ({at_next})"]
+        return [
+            f"rows look shifted: top-1 agrees with the token at {_SHIFTS[best]:+d} ({shares[best]:.4f}) more than "
+            f"at +1 ({shares[following]:.4f})"
+        ]
 
 
 def _matches(sequence: Sequence, topk: TopK, shift: int) -> Any:

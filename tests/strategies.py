@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from stillroom.storage.identity import Identity
 from stillroom.storage.manifest import Manifest, ManifestMeta, ManifestRow
 from stillroom.storage.manifest_writer import ManifestWriter
-from stillroom.storage.identity import Identity
 from stillroom.storage.records import BETAS, Receipt, Sequence, ShardRef, SignalSpec, TopK, Unit
 from stillroom.storage.shard import shard_path, write_shard
 from stillroom.storage.store import Store, create_store

@@ -21,53 +21,69 @@ from stillroom.workers.torch_teacher import TorchTeacher
 
 
 class TeacherActor:
-    """Loads the teacher once and scores units one at a time. A plain class: `remote_actor` makes it an actor.
+    """Scores units one at a time. A plain class: `remote_actor` makes it an actor.
 
-    Raises TeacherError if the teacher cannot be loaded, IdentityMismatch if it is not the one of the store: another
-    node's folder may hold other weights under the same name.
+    The teacher is loaded by the first call, not by the constructor: what a Ray actor's constructor raises comes to
+    the driver as a dead actor, what a method raises as itself.
     """
 
     def __init__(self, spec: TeacherSpec, identity: Identity, store: str) -> None:
-        self._identity = identity
-        self._files = open_files(store)
-        self._teacher: Teacher = TorchTeacher(spec)
-        loaded = Identity(teacher=identity.teacher, signal=identity.signal, **self._teacher.identity_parts())
-        asked, found = identity.parts(), loaded.parts()
+        self._spec, self._identity, self._store = spec, identity, store
+        self._loaded: Teacher | None = None
+
+    def ready(self) -> dict[str, Any]:
+        """Load the teacher; returns what shifts its rows within the noise band.
+
+        Raises TeacherError if it cannot be loaded, IdentityMismatch if it is not the one of the store: another node's
+        folder may hold other weights under the same name.
+        """
+        return self._teacher().provenance([])
+
+    def _teacher(self) -> Teacher:
+        if self._loaded is None:
+            teacher = TorchTeacher(self._spec)
+            self._require_identity(teacher.identity_parts())
+            self._loaded = teacher
+        return self._loaded
+
+    def _require_identity(self, parts: dict[str, Any]) -> None:
+        found = Identity(teacher=self._identity.teacher, signal=self._identity.signal, **parts).parts()
+        asked = self._identity.parts()
         differing = [f"{key}: store {asked[key]}, loaded {found[key]}" for key in asked if asked[key] != found[key]]
         if differing:
             raise IdentityMismatch(
-                f"the teacher in {spec.folder} is not the one of store {store} ({'; '.join(differing)}). "
+                f"the teacher in {self._spec.folder} is not the one of store {self._store} ({'; '.join(differing)}). "
                 "Every node must hold the same model folder: copy it anew, or put it on shared storage."
             )
-
-    def ready(self) -> dict[str, Any]:
-        """Returns once the teacher is loaded: what shifts its rows within the noise band."""
-        return self._teacher.provenance([])
 
     def score_unit(self, unit: Unit, sequences: Seq[Sequence]) -> Receipt:
         """Score a unit and write its shard. Doing it twice on the same machine gives the same file.
 
-        sequences: the unit's, in its order. Raises BadLogits naming the unit and its sequences, StoreFull, StoreError.
+        sequences: the unit's, in its order. Raises what `ready` raises, BadLogits naming the unit and its sequences,
+            StoreFull, StoreError.
         """
+        teacher = self._teacher()
         started = time.perf_counter()
         try:
-            blocks = self._teacher.score(sequences, k=self._identity.signal.k)
+            blocks = teacher.score(sequences, k=self._identity.signal.k)
         except BadLogits as error:
             raise BadLogits(f"unit {unit.id}: {error}") from error
-        provenance = self._teacher.provenance(sequences)
-        shard = write_shard(self._files, self._identity, unit, sequences, blocks, provenance)
+        provenance = teacher.provenance(sequences)
+        shard = write_shard(open_files(self._store), self._identity, unit, sequences, blocks, provenance)
         return Receipt(
             shard=shard,
             sequences=len(sequences),
             tokens=sum(unit.tokens),
             rows=sum(unit.rows),
-            batches=len(self._teacher.batches(sequences)),
+            batches=len(teacher.batches(sequences)),
             seconds=time.perf_counter() - started,
         )
 
     def release(self) -> None:
-        """Free the device; the actor scores nothing afterwards. The driver then ends the process with `ray.kill`."""
-        self._teacher.release()
+        """Free the device. The driver then ends the process with `ray.kill`; another call would load anew."""
+        if self._loaded is not None:
+            self._loaded.release()
+            self._loaded = None
 
 
 def remote_actor(**options: Any) -> Any:

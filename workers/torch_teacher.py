@@ -44,6 +44,7 @@ class TorchTeacher:
         model = _load(spec, self.device)
         config = model.config.get_text_config()
         self._positions: int | None = getattr(config, "max_position_embeddings", None)
+        self._border = _longrope_border(config)
         self._attention = str(config._attn_implementation)
         self._slice = spec.slice_positions or max(64, SLICE_BYTES // (4 * config.vocab_size))
         self._model: SlicedModel | None = SlicedModel(model, device=self.device, vocabulary=self._vocabulary)
@@ -61,7 +62,8 @@ class TorchTeacher:
 
     def batches(self, sequences: Seq[Sequence]) -> list[list[int]]:
         """The forward passes that `score` makes, as indices into `sequences`."""
-        return batching.batches([len(s.input_ids) for s in sequences], self.spec.batch_tokens)
+        lengths = [len(s.input_ids) for s in sequences]
+        return batching.batches(lengths, self.spec.batch_tokens, border=self._border)
 
     def score(self, sequences: Seq[Sequence], *, k: int) -> list[TopK]:
         """One block of R rows for each sequence, in the order given.
@@ -169,6 +171,19 @@ def _load(spec: TeacherSpec, device: torch.device) -> Any:
             f"e.g. {missing[0]}; transformers would fill them with random numbers; fetch the folder anew"
         )
     return model
+
+
+def _longrope_border(config: Any) -> int | None:
+    """The length beyond which a model with LongRoPE turns by other frequencies; None without it.
+
+    The other kinds that depend on the length ("dynamic") change beyond max_position_embeddings only.
+    """
+    parameters = getattr(config, "rope_parameters", None) or {}
+    # One set for the model, or one per kind of layer.
+    for rope in [parameters] if "rope_type" in parameters else parameters.values():
+        if isinstance(rope, dict) and rope.get("rope_type") == "longrope":
+            return int(rope.get("original_max_position_embeddings") or config.original_max_position_embeddings)
+    return None
 
 
 def _device(name: str) -> torch.device:

@@ -91,7 +91,7 @@ class CorpusConfig(BaseModel):
     """Stop after the document that reaches so many tokens."""
 
     max_document_mib: int = Field(default=16, ge=1)
-    """A document or line above this size is a bad line: tokenising takes about 100 times its size in memory."""
+    """A document or line above this size is a bad line: tokenising takes 100 to 200 times its size in memory."""
 
     strict: bool = False
     """Stop at the first bad line instead of counting and reporting it."""

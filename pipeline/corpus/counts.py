@@ -94,9 +94,11 @@ class Counts:
 
     def notices(self) -> list[str]:
         """What a user should know of, a line each; empty when all was plain."""
+        first_bad = next(iter(self.bad_examples), "")
+        first_passed = next(iter(self.passed_examples), "")
         said = [
-            (self.bad_lines, f"{self.bad_lines:,} bad lines left out, the first: {self.bad_examples[:1]}"),
-            (self.passed_files, f"{self.passed_files:,} files of other kinds passed over: {self.passed_examples[:3]}"),
+            (self.bad_lines, f"{self.bad_lines:,} bad lines left out, the first is {first_bad}"),
+            (self.passed_files, f"{self.passed_files:,} files of other kinds passed over, the first is {first_passed}"),
             (self.empty_documents, f"{self.empty_documents:,} empty documents left out"),
             (self.duplicate_sequences, f"{self.duplicate_sequences:,} sequences occur more than once"),
             (self.untrained_sequences, f"{self.untrained_sequences:,} sequences hold nothing to learn"),

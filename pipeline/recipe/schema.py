@@ -42,8 +42,8 @@ class TeacherConfig(_Section):
     counts; a CPU without bfloat16 instructions is slower in it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the teacher runs. auto: cuda where `ray.gpus_per_actor` is above 0, else cpu."""
-    attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "sdpa"
-    """Attention kernel, by its name in transformers."""
+    attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] | None = None
+    """Attention kernel, by its name in transformers. null: the model's own choice."""
     batch_tokens: int = Field(default=4096, ge=1)
     """Tokens of one forward pass, padding included. A sequence that is longer runs alone."""
     slice_positions: int | None = Field(default=None, ge=1)

@@ -70,8 +70,8 @@ def build_student(
     else:
         assert model.from_ is not None
         source = model.from_
-        check_vocabulary(_load_config(source), source=source, vocabulary=vocabulary)
         check_tokenizer(load_tokenizer(source), source=source, expected=expected_tokenizer)
+        check_vocabulary(_load_config(source), source=source, vocabulary=vocabulary)
         student, info = _load(source)
     _require_complete(info, source)
     return own_memory(student)

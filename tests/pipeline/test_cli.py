@@ -10,10 +10,13 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from stillroom.pipeline.arguments import RECIPE_COMMANDS, UsageMistake, parse
 from stillroom.pipeline.cli import main
+from stillroom.storage.store import Store
+from tests.strategies import next_token_teacher, random_sequences, tiny_store
 
 HEAVY = ("torch", "ray", "transformers", "pyarrow", "deltalake", "pydantic", "rich", "numpy", "yaml")
 RECIPE = "name: first\nteacher: {model: org/teacher}\ncorpus: {sources: text.txt}\n"
@@ -145,6 +148,52 @@ class TestCommands:
         for module, name in (("run", "run_recipe"), ("plan", "plan_command"), ("precompute", "teach_command"),
                              ("train", "train_command"), ("evaluate", "evaluate_command")):  # fmt: skip
             assert callable(getattr(importlib.import_module(f"stillroom.pipeline.{module}"), name))
+
+
+class TestStores:
+    """`ls`, `inspect` and `verify` on a store of three shards."""
+
+    @pytest.fixture
+    def store(self, tmp_path: Path) -> Store:
+        sequences = random_sequences(np.random.default_rng(3), 30, shortest=10, longest=24)
+        return tiny_store(tmp_path / "store", sequences, per_unit=10, teacher=next_token_teacher)
+
+    def test_ls(self, store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["ls", str(Path(store.uri).parent), "--json"]) == 0
+        assert [found["shards"] for found in json.loads(capsys.readouterr().out)["stores"]] == [3]
+        assert main(["ls", str(Path(store.uri).parent)]) == 0
+        assert store.identity.id in capsys.readouterr().out
+
+    def test_inspect(self, store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["inspect", store.uri, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["identity"] == store.identity.id
+        assert main(["inspect", store.uri]) == 0
+        assert ["shards", "3"] in [line.split() for line in capsys.readouterr().out.splitlines()]
+
+    def test_inspect_a_unit_with_and_without_its_tokens(self, store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+        unit = next(iter(store.committed()))
+        assert main(["inspect", store.uri, "--unit", unit, "--json"]) == 0
+        sequences = json.loads(capsys.readouterr().out)["sequences"]
+        assert len(sequences) == 10
+        assert all("positions" not in sequence for sequence in sequences)
+        assert main(["inspect", store.uri, "--unit", unit, "--tokens", "--json"]) == 0
+        assert all(sequence["positions"] for sequence in json.loads(capsys.readouterr().out)["sequences"])
+        assert main(["inspect", store.uri, "--unit", unit, "--tokens"]) == 0
+        assert "sequences 9: positions" in capsys.readouterr().out
+
+    def test_verify_says_by_its_exit_code_whether_all_is_well(
+        self, store: Store, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["verify", store.uri, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["problems"] == []
+        path = Path(store.uri, next(iter(store.committed().values())).path)
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+        assert main(["verify", store.uri, "--json"]) == 1
+        assert [problem["shard"] for problem in json.loads(capsys.readouterr().out)["problems"]] == [
+            str(path.relative_to(store.uri))
+        ]
 
 
 @pytest.mark.real

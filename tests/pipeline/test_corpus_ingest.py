@@ -20,7 +20,6 @@ from stillroom.storage.manifest import Manifest
 from tests.pipeline.corpora import counts, ingested, texts, write_jsonl
 from tests.tiny import tiny_tokenizer
 
-
 SOURCES = (SourceConfig(path="c.jsonl"),)
 
 

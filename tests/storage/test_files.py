@@ -28,7 +28,9 @@ def test_written_bytes_come_back(tmp_path: Path) -> None:
     assert files.list("a/b") == ["a/b/c.bin"]
     assert files.list("a") == ["a/b"]
     assert files.list("nothing/here") == []
-    assert sorted(p.name for p in tmp_path.rglob("*")) == ["a", "b", "c.bin", "new", "store"], "no temporary file is left"
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["a", "b", "c.bin", "new", "store"], (
+        "no temporary file is left"
+    )
 
 
 def test_missing_names_are_told(tmp_path: Path) -> None:

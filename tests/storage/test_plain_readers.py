@@ -60,9 +60,7 @@ def assert_same(given: Given, ids: np.ndarray, logits: np.ndarray) -> None:
 
 def test_pyarrow(given: Given) -> None:
     table = pq.read_table(given.path)
-    ids, gap, top = (
-        table[name].combine_chunks().values.to_numpy() for name in ("topk_ids", "topk_gap", "top_logit")
-    )
+    ids, gap, top = (table[name].combine_chunks().values.to_numpy() for name in ("topk_ids", "topk_gap", "top_logit"))
     assert_same(given, ids, top[:, None] - gap.reshape(-1, K).astype(np.float32) * np.float32(given.step))
 
 

@@ -16,7 +16,8 @@ def tiny_gguf(path: Path, *, seed: int = 0) -> dict[str, np.ndarray[tuple[int, .
     tokenizer = tiny_tokenizer(path.parent / "tokenizer-of-gguf")
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     tokens = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__)
-    special = set(tokenizer.all_special_tokens)
+    tokens[0] = "<|endoftext|>"  # transformers' reader would add it under an id of its own
+    special = {tokens[0], *tokenizer.all_special_tokens}
     writer = GGUFWriter(path, "llama")
     writer.add_context_length(256)
     writer.add_embedding_length(CHANNELS)
@@ -35,7 +36,7 @@ def tiny_gguf(path: Path, *, seed: int = 0) -> dict[str, np.ndarray[tuple[int, .
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(0)
-    writer.add_unk_token_id(0)  # without one, transformers adds a token of its own
+    writer.add_unk_token_id(0)
     writer.add_chat_template("{% for m in messages %}{{ m['content'] }}{% endfor %}")
     rng = np.random.default_rng(seed)
     kv = CHANNELS // HEADS * KV_HEADS

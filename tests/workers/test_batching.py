@@ -35,6 +35,13 @@ def test_no_batch_could_have_taken_the_next_sequence(lengths: list[int], budget:
         assert (len(group) + 1) * lengths[group[0]] > budget
 
 
+@given(LENGTHS, BUDGET, st.integers(1, 300))
+def test_nothing_shares_a_batch_across_the_border(lengths: list[int], budget: int, border: int) -> None:
+    groups = batches(lengths, budget, border=border)
+    assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
+    assert all(len({lengths[i] > border for i in group}) == 1 for group in groups)
+
+
 @given(LENGTHS, BUDGET, st.randoms())
 def test_shapes_do_not_depend_on_the_order(lengths: list[int], budget: int, random: object) -> None:
     shuffled = list(lengths)

@@ -136,6 +136,19 @@ def test_rows_are_bit_equal_for_any_order_of_equal_shapes(folder: Folder) -> Non
             np.testing.assert_array_equal(getattr(got, name), getattr(want, name))
 
 
+def test_longrope_companions_do_not_move_each_other(tmp_path: Path) -> None:
+    rope = {
+        "rope_type": "longrope", "factor": 8.0, "rope_theta": 1e4, "original_max_position_embeddings": 32,
+        "short_factor": [1.0] * 4, "long_factor": [2.0, 3.0, 4.0, 5.0],
+    }  # fmt: skip
+    where = tiny_teacher(tmp_path / "teacher", rope_parameters=rope)
+    teacher = TorchTeacher(spec(where, batch_tokens=4096))
+    asked = sequences(teacher.vocabulary)
+    assert [len(group) for group in teacher.batches(asked)] == [1, 5]
+    for sequence, block in zip(asked, teacher.score(asked, k=K), strict=True):
+        assert_rows(block, full_logits(where, sequence, teacher.vocabulary))
+
+
 def test_all_but_one_id_and_one_id(folder: Folder) -> None:
     where = folder("llama", padded=16)
     teacher = TorchTeacher(spec(where))

@@ -1,0 +1,131 @@
+"""The actor: by itself, and two of them in a real local Ray."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+from safetensors.torch import load_file, save_file
+
+from stillroom.storage.errors import BadLogits, IdentityMismatch
+from stillroom.storage.files import open_files
+from stillroom.storage.identity import Identity
+from stillroom.storage.records import Sequence, SignalSpec, TopK, Unit
+from stillroom.storage.shard import ShardReader
+from stillroom.workers.actor import TeacherActor, remote_actor
+from stillroom.workers.teacher import TeacherSpec
+from stillroom.workers.torch_teacher import TorchTeacher
+from tests.tiny import tiny_teacher
+
+EXACT = SignalSpec(k=12, gap_step=None)
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory: pytest.TempPathFactory) -> TeacherSpec:
+    # Heads of 16 channels: with 8, torch's attention itself differs in the last bits between thread counts.
+    folder = tiny_teacher(tmp_path_factory.mktemp("actor") / "teacher", padded=16, head_dim=16)
+    return TeacherSpec(folder=folder, device="cpu", threads=1, batch_tokens=64)
+
+
+@pytest.fixture(scope="module")
+def teacher(spec: TeacherSpec) -> TorchTeacher:
+    return TorchTeacher(spec)
+
+
+@pytest.fixture(scope="module")
+def identity(teacher: TorchTeacher) -> Identity:
+    return Identity(teacher="tiny", signal=EXACT, **teacher.identity_parts())
+
+
+def work(vocabulary: int, seed: int) -> tuple[Unit, list[Sequence]]:
+    rng = np.random.default_rng(seed)
+    sequences = [
+        Sequence(rng.integers(0, vocabulary, length).astype(np.int32), context)
+        for length, context in ((20, 0), (1, 0), (33, 7), (6, 1))
+    ]
+    tokens = tuple(len(s.input_ids) for s in sequences)
+    return Unit(tuple(s.digest for s in sequences), tokens, tuple(s.context for s in sequences)), sequences
+
+
+def assert_near(got: TopK, want: TopK) -> None:
+    """As near as the codec leaves them: gaps in float32, the tail rounded."""
+    np.testing.assert_array_equal(got.ids, want.ids)
+    np.testing.assert_allclose(got.logits, want.logits, atol=1e-6)
+    np.testing.assert_allclose(got.tail_lse, want.tail_lse, atol=1e-2)
+
+
+def test_a_unit_becomes_a_shard_and_a_receipt(
+    spec: TeacherSpec, teacher: TorchTeacher, identity: Identity, tmp_path: Path
+) -> None:
+    actor = TeacherActor(spec, identity, str(tmp_path / "store"))
+    assert json.dumps(actor.ready())
+    unit, sequences = work(identity.vocabulary, 0)
+    receipt = actor.score_unit(unit, sequences)
+    assert (receipt.sequences, receipt.tokens, receipt.rows) == (4, 60, 60 - 6)
+    assert receipt.batches == len(teacher.batches(sequences)) == 2
+    assert receipt.shard.unit == unit.id
+    reader = ShardReader(open_files(str(tmp_path / "store")), receipt.shard, identity)
+    for stored, sequence, block in zip(reader, sequences, teacher.score(sequences, k=12), strict=True):
+        assert stored.sequence.digest == sequence.digest
+        assert stored.topk is not None
+        assert_near(stored.topk, block)
+    assert reader.footer["provenance"] == teacher.provenance(sequences)
+    assert actor.score_unit(unit, sequences).shard == receipt.shard
+
+
+@pytest.mark.parametrize("part", ["weights", "config", "tokenizer", "vocabulary", "dtype"])
+def test_another_teacher_than_the_stores_is_refused(
+    spec: TeacherSpec, identity: Identity, tmp_path: Path, part: str
+) -> None:
+    other: Any = 7 if part == "vocabulary" else "other"
+    with pytest.raises(IdentityMismatch, match=rf"{part}: store {other}, loaded {getattr(identity, part)}\)"):
+        TeacherActor(spec, replace(identity, **{part: other}), str(tmp_path / "store")).ready()
+
+
+def test_bad_logits_name_the_unit_and_write_nothing(tmp_path: Path) -> None:
+    folder = tiny_teacher(tmp_path / "teacher", tie_word_embeddings=False)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.embed_tokens.weight"][250] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    spec = TeacherSpec(folder=folder, device="cpu", threads=1)
+    identity = Identity(teacher="tiny", signal=EXACT, **TorchTeacher(spec).identity_parts())
+    sequence = Sequence(np.array([3, 250], np.int32))
+    unit = Unit((sequence.digest,), (2,), (0,))
+    with pytest.raises(BadLogits, match=f"^unit {unit.id}: .* of sequence {sequence.digest}$"):
+        TeacherActor(spec, identity, str(tmp_path / "store")).score_unit(unit, [sequence])
+    assert not list((tmp_path / "store").rglob("*.parquet"))
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    ray.init(
+        address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
+        _node_ip_address="127.0.0.1",
+    )  # fmt: skip
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.real
+@pytest.mark.filterwarnings("ignore:.*RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO.*:FutureWarning")
+def test_two_actors_write_the_same_rows_as_this_process(
+    local_ray: None, spec: TeacherSpec, identity: Identity, tmp_path: Path
+) -> None:
+    store = str(tmp_path / "store")
+    actors = [remote_actor(num_cpus=1).remote(spec, identity, store) for _ in range(2)]
+    assert ray.get([a.ready.remote() for a in actors])[0]["engine"] == "torch"
+    units = [work(identity.vocabulary, seed) for seed in range(4)]
+    receipts = ray.get([actors[i % 2].score_unit.remote(*unit) for i, unit in enumerate(units)])
+    swapped = ray.get([actors[(i + 1) % 2].score_unit.remote(*unit) for i, unit in enumerate(units)])
+    assert [r.shard for r in swapped] == [r.shard for r in receipts], "either actor writes the same file"
+    here = TeacherActor(spec, identity, str(tmp_path / "here"))
+    assert [here.score_unit(*unit).shard for unit in units] == [r.shard for r in receipts], "and so does this process"
+    with pytest.raises(IdentityMismatch, match="is not the one of store"):
+        ray.get(remote_actor(num_cpus=0).remote(spec, replace(identity, weights="other"), store).ready.remote())
+    ray.get([a.release.remote() for a in actors])
+    for actor in actors:
+        ray.kill(actor)
