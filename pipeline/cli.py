@@ -26,7 +26,9 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         arguments = parse(words)
         result, code = _dispatch(arguments, Console(quiet=arguments.quiet))
-        _show(result, json_wanted=json_wanted)
+        # These have shown their tables on stderr, as they went along.
+        if json_wanted or arguments.command not in ("run", "train", "evaluate"):
+            _show(result, json_wanted=json_wanted)
         return code
     except UsageMistake as mistake:
         return _fail(mistake, 2, json_wanted=json_wanted, debug=debug)

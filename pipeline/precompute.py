@@ -253,6 +253,6 @@ def require_room(uri: str, need_bytes: int, free_bytes: int | None, *, recipe: R
     if free_bytes is not None and wanted > free_bytes:
         raise StoreFull(
             f"store {uri} needs about {format_bytes(need_bytes)} more, times store.safety {recipe.store.safety:g} "
-            f"plus store.min_free_bytes {format_bytes(recipe.store.min_free_bytes)}, but {format_bytes(free_bytes)} are "
-            "free: free some space, lower signal.k, or choose another store.path"
+            f"plus store.min_free_bytes {format_bytes(recipe.store.min_free_bytes)}, but {format_bytes(free_bytes)} "
+            "are free: free some space, lower signal.k, or choose another store.path"
         )

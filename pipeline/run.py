@@ -17,7 +17,7 @@ from stillroom.pipeline.precompute import teach
 from stillroom.pipeline.recipe import save_resolved
 from stillroom.pipeline.recipe.schema import Recipe
 from stillroom.pipeline.sources import Sources
-from stillroom.pipeline.train import train
+from stillroom.pipeline.train import show_students, student_line, train
 from stillroom.storage.files import LocalFiles
 from stillroom.storage.query import inspect_store
 from stillroom.storage.store import Store
@@ -38,7 +38,7 @@ def run_recipe(recipe: Recipe, *, console: Console) -> dict[str, Any]:
     evaluation = evaluate(recipe, console)
     summary = summarise(recipe, store, ledger, students, evaluation)
     LocalFiles(recipe.run_dir).write("summary.json", (json.dumps(summary, indent=2) + "\n").encode())
-    _show(recipe, summary, console)
+    _show(recipe, students, summary, console)
     return summary
 
 
@@ -59,36 +59,13 @@ def summarise(
         "capture_tokens_per_s": ledger.tokens_per_s(),
         "teacher_batches_first_run": ledger.batches({first, ""}),
         "teacher_batches_second_run": ledger.batches(later),
-        "students": [_student(s) for s in students],
+        "students": [student_line(s) for s in students],
         "models": evaluation["models"],
     }
 
 
-def _student(result: dict[str, Any]) -> dict[str, Any]:
-    """One student's line of the summary; a corpus without held-out documents leaves the measures null."""
-    line = {key: result[key] for key in ("name", "parameters", "layers", "steps", "trained_positions", "seconds")}
-    for when in ("before", "after"):
-        found = result[when] or {}
-        line |= {
-            f"kl_{when}": found.get("kl"),
-            f"top1_{when}": found.get("top1"),
-            f"ppl_{when}": found.get("perplexity"),
-            f"ece_{when}": found.get("ece"),
-        }
-    return line | {"export": result["export"]}
-
-
-def _show(recipe: Recipe, summary: dict[str, Any], console: Console) -> None:
-    def change(line: dict[str, Any], key: str, digits: int) -> str:
-        before, after = line[f"{key}_before"], line[f"{key}_after"]
-        return "" if before is None or after is None else f"{before:.{digits}f} → {after:.{digits}f}"
-
-    rows = [[s["name"], *(change(s, key, digits) for key, digits in _SHOWN)] for s in summary["students"]]
-    console.table(
-        ["student", "held-out KL to the teacher (nats)", "top-1 agreement", "perplexity"],
-        rows,
-        title="students, before → after",
-    )
+def _show(recipe: Recipe, students: list[dict[str, Any]], summary: dict[str, Any], console: Console) -> None:
+    show_students(students, console)
     speed = summary["capture_tokens_per_s"]
     console.info(
         f"store: {summary['tokens']:,} tokens in {summary['shards']:,} shards, {format_bytes(summary['bytes'])}, "
@@ -98,6 +75,3 @@ def _show(recipe: Recipe, summary: dict[str, Any], console: Console) -> None:
     console.info(f"teacher batches: {batches[0]} for the first student, {batches[1]} for the later ones")
     console.info(f"run: {recipe.run_dir} (summary.json, students/*/export); store: {summary['store']}")
     console.info(f"next: stillroom inspect {summary['store']}    stillroom verify {summary['store']}")
-
-
-_SHOWN = (("kl", 3), ("top1", 3), ("ppl", 2))

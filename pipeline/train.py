@@ -26,7 +26,9 @@ INTERRUPTED = 130
 
 def train_command(recipe: Recipe, *, console: Console) -> dict[str, Any]:
     """`stillroom train`: every student of the recipe, one after the other."""
-    return {"students": [train(recipe, student, console) for student in recipe.students]}
+    results = [train(recipe, student, console) for student in recipe.students]
+    show_students(results, console)
+    return {"students": results}
 
 
 def student_folder(recipe: Recipe, student: StudentConfig) -> Path:
@@ -59,6 +61,38 @@ def result_of(job: StudentJob) -> dict[str, Any] | None:
     """The result of a finished run of exactly this job, or None. Raises StudentError if the folder holds another."""
     snapshot = None if job.snapshot is None else Snapshot.read(job.snapshot)
     return finished(job, bindings_of(job, Manifest.open(job.manifest), snapshot))
+
+
+def student_line(result: dict[str, Any]) -> dict[str, Any]:
+    """One student's line of the summary; a corpus without held-out documents leaves the measures null."""
+    line = {key: result[key] for key in ("name", "parameters", "layers", "steps", "trained_positions", "seconds")}
+    for when in ("before", "after"):
+        found = result[when] or {}
+        line |= {
+            f"kl_{when}": found.get("kl"),
+            f"top1_{when}": found.get("top1"),
+            f"ppl_{when}": found.get("perplexity"),
+            f"ece_{when}": found.get("ece"),
+        }
+    return line | {"export": result["export"]}
+
+
+def show_students(results: list[dict[str, Any]], console: Console) -> None:
+    """The table of all students, before → after training."""
+
+    def change(line: dict[str, Any], key: str, digits: int) -> str:
+        before, after = line[f"{key}_before"], line[f"{key}_after"]
+        return "" if before is None or after is None else f"{before:,.{digits}f} → {after:,.{digits}f}"
+
+    lines = [student_line(result) for result in results]
+    console.table(
+        ["student", "layers", "steps", "held-out KL to the teacher (nats)", "top-1 agreement", "perplexity"],
+        [[s["name"], str(s["layers"]), str(s["steps"]), *(change(s, *measure) for measure in _SHOWN)] for s in lines],
+        title="students on the held-out documents, before → after training",
+    )
+
+
+_SHOWN = (("kl", 3), ("top1", 3), ("ppl", 2))
 
 
 def _job(recipe: Recipe, student: StudentConfig, folder: Path) -> StudentJob:

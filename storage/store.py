@@ -18,6 +18,7 @@ from stillroom.storage.files import Files, open_files
 from stillroom.storage.identity import Identity
 from stillroom.storage.log import CommitLog
 from stillroom.storage.records import Receipt, ShardRef, Unit
+from stillroom.storage.shard import FOLDER as SHARDS
 from stillroom.storage.shard import ShardReader, StoredSequence
 from stillroom.storage.snapshot import Snapshot
 
@@ -94,12 +95,16 @@ def open_store(uri: str) -> Store:
 def create_store(uri: str, identity: Identity) -> Store:
     """Open the store at `uri`, or found it.
 
-    Raises IdentityMismatch, naming the parts that differ, if another identity lives there.
+    Raises IdentityMismatch, naming the parts that differ, if another identity lives there; StoreError if it has
+    shards but no log.
     """
     files = open_files(str(uri))
     if files.exists(IDENTITY):
         held = _read_identity(files)
         held.require_equal(identity, files.uri)
+        if files.list(SHARDS):
+            # Shards without a log are a damaged store: an empty log in its place would score everything again.
+            return Store(files, identity, CommitLog.open(files.uri))
     else:
         files.write(IDENTITY, identity.to_json().encode())
     return Store(files, identity, CommitLog.create(files.uri, identity.signal.gap_step))

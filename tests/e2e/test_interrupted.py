@@ -5,6 +5,7 @@ import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.real
 
 #: Enough small units that teaching takes seconds, and a kill comes in the middle of it.
 DOCUMENTS = sentences(11, 900)
-OVER = {"store__unit_tokens": 128, "corpus__heldout": 0.02, "students__0__steps": 60}
+OVER: dict[str, Any] = {"store__unit_tokens": 128, "corpus__heldout": 0.02, "students__0__steps": 60}
 
 
 @pytest.fixture(scope="module", name="undisturbed")
