@@ -68,7 +68,7 @@ class LocalFiles:
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(target)
-            _sync_folder(target.parent)
+            sync_to_disk(target.parent)
         except OSError as error:
             with suppress(OSError):  # the first error is the one to tell; a temporary file counts for nothing
                 temporary.unlink()
@@ -110,8 +110,9 @@ class LocalFiles:
         return shutil.disk_usage(folder).free
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync_to_disk(path: Path) -> None:
+    """fsync a file, or a folder after a rename in it: names reach the disk with their folder, not with the file."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

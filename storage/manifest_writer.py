@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stillroom.storage.errors import StoreFull
+from stillroom.storage.files import sync_to_disk
 from stillroom.storage.identity import canonical_json
 from stillroom.storage.manifest import (
     INTS,
@@ -100,7 +101,7 @@ class ManifestWriter:
             os.fsync(self._file.fileno())
             self._file.close()
             os.replace(self._temporary, self.path)
-            _sync_folder(self.path.parent)
+            sync_to_disk(self.path.parent)
 
     def _flush(self) -> None:
         if not self._pending:
@@ -159,11 +160,3 @@ def _full_disk_named(path: Path) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise StoreFull(f"no room left for the corpus manifest {path}: {error.strerror}; free some space") from error
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -11,7 +11,6 @@ import contextlib
 import fcntl
 import importlib.util
 import io
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from stillroom.storage.errors import TeacherError
+from stillroom.storage.files import sync_to_disk
 from stillroom.workers.digests import file_sha256
 
 #: Part of the folder's name: raise it when the recipe below gives other bytes.
@@ -60,7 +60,7 @@ def _build(gguf: Path, target: Path) -> None:
         _write(gguf, folder)
         for file in folder.iterdir():
             file.chmod(0o644)  # the writers of safetensors and temporary folders keep theirs private
-            _sync(file)
+            sync_to_disk(file)
         folder.chmod(0o755)
         folder.rename(target)
     except BaseException:
@@ -100,11 +100,3 @@ def _locked(path: Path) -> Iterator[None]:
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _sync(file: Path) -> None:
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

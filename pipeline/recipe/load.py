@@ -4,7 +4,6 @@ Enters: a path and `key=value` words. Leaves: a validated `Recipe`, or one `Reci
 model, no corpus and no network is touched.
 """
 
-import os
 import typing
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,7 +19,8 @@ from stillroom.pipeline.recipe.files import check_files
 from stillroom.pipeline.recipe.overrides import apply_overrides
 from stillroom.pipeline.recipe.schema import Recipe
 from stillroom.pipeline.recipe.strict import wrong_kinds
-from stillroom.storage.errors import RecipeError
+from stillroom.storage.errors import RecipeError, StoreError
+from stillroom.storage.files import LocalFiles
 
 
 def load_recipe(path: Path | str, overrides: Sequence[str] = (), *, files: bool = True) -> Recipe:
@@ -63,16 +63,10 @@ def write_atomically(path: Path, text: str) -> None:
 
     Raises RecipeError if the folder cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be written: {error.strerror}") from error
+        LocalFiles(path.parent).write(path.name, text.encode())
+    except StoreError as error:
+        raise RecipeError(str(error)) from error
 
 
 def _begin_empty_sections(data: Any, model: type[BaseModel]) -> Any:

@@ -12,7 +12,6 @@ synced, then renamed. A folder under its final name is complete; its digests sho
 
 import hashlib
 import json
-import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from torch import Tensor
 from stillroom.pipeline.student import rng
 from stillroom.pipeline.student.bindings import Bindings, require_same
 from stillroom.storage.errors import StudentError
+from stillroom.storage.files import sync_to_disk
 
 VERSION = 1
 PREFIX = "step-"
@@ -79,12 +79,12 @@ def save(
     }
     (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n")
     for name in (*TENSOR_FILES, "state.json"):
-        _sync(temporary / name)
-    _sync(temporary)
+        sync_to_disk(temporary / name)
+    sync_to_disk(temporary)
     if final.exists():  # the same step again, after a resume from an earlier one: equal by construction
         shutil.rmtree(final)
     temporary.rename(final)
-    _sync(folder)
+    sync_to_disk(folder)
     for old in checkpoints(folder)[:-keep_last]:
         shutil.rmtree(old)
     return final
@@ -194,11 +194,3 @@ def _copy_optimizer(file: Path, model: Any, optimizer: torch.optim.Optimizer) ->
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
