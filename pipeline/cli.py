@@ -33,7 +33,10 @@ def main(words: Sequence[str] | None = None) -> int:
     except UsageMistake as mistake:
         return _fail(mistake, 2, json_wanted=json_wanted, debug=debug)
     except KeyboardInterrupt:
-        print("stillroom: interrupted; the same command continues where it stopped", file=sys.stderr)
+        line = "interrupted; the same command continues where it stopped"
+        print(f"stillroom: {line}", file=sys.stderr)
+        if json_wanted:
+            _show({"error": line, "kind": "Interrupted", "exit_code": INTERRUPTED}, json_wanted=True)
         return INTERRUPTED
     except BrokenPipeError:  # `stillroom ls | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -55,6 +58,7 @@ def _dispatch(arguments: Namespace, console: Console) -> tuple[Result, int]:
 
 
 def _recipe_command(arguments: Namespace, console: Console) -> Result:
+    from stillroom.pipeline.process import only_one, terminable
     from stillroom.pipeline.recipe import load_recipe, notices
 
     # train and evaluate work from the store; corpus and teacher may be gone by then
@@ -62,7 +66,8 @@ def _recipe_command(arguments: Namespace, console: Console) -> Result:
     recipe = load_recipe(arguments.recipe, arguments.overrides, files=files)
     for notice in notices(recipe):
         console.notice(notice)
-    return _stage(arguments.command)(recipe, console=console)
+    with terminable(), only_one(recipe.run_dir):
+        return _stage(arguments.command)(recipe, console=console)
 
 
 def _stage(command: str) -> Callable[..., Result]:

@@ -16,8 +16,8 @@ from typing import Any
 
 from stillroom.pipeline.console import Console, format_bytes, format_count
 from stillroom.pipeline.recipe.schema import Recipe
-from stillroom.pipeline.student.config import StudentJob
-from stillroom.pipeline.train import result_of, student_folder
+from stillroom.pipeline.student.bindings import RESULT
+from stillroom.pipeline.train import job_of, manifest_path, result_of, student_folder
 from stillroom.storage.errors import StillroomError
 from stillroom.storage.files import LocalFiles
 from stillroom.storage.manifest import Manifest
@@ -30,6 +30,8 @@ def evaluate_command(recipe: Recipe, *, console: Console) -> dict[str, Any]:
 
 def evaluate(recipe: Recipe, console: Console) -> dict[str, Any]:
     """Measure the teacher (if the recipe wants it) and every trained student; returns {"models": […]}."""
+    if not manifest_path(recipe).exists():
+        raise StillroomError(f"{manifest_path(recipe)} is not there yet: run `stillroom run` on this recipe first")
     models = []
     if recipe.evaluate.teacher:
         from stillroom.workers.source import resolve_model
@@ -37,14 +39,16 @@ def evaluate(recipe: Recipe, console: Console) -> dict[str, Any]:
         folder = resolve_model(recipe.teacher.model)
         models.append({"name": "teacher", **_measure(recipe, folder, "teacher", console)})
     for student in recipe.students:
-        job = student_folder(recipe, student) / "job.json"
-        result = result_of(StudentJob.read(job)) if job.exists() else None
+        trained = (student_folder(recipe, student) / RESULT).exists()
+        result = result_of(job_of(recipe, student)) if trained else None
         if result is None:
             console.notice(f"evaluate: student {student.name} is not trained yet and is left out")
             continue
         measured = _measure(recipe, Path(result["export"]), student.name, console)
         after = result["after"] or {}
         models.append({"name": student.name, **measured, "kl": after.get("kl"), "top1": after.get("top1")})
+    if not models and recipe.students:
+        raise StillroomError(f"no student in {recipe.run_dir} is trained: run `stillroom train` on this recipe first")
     evaluation = {"models": models}
     LocalFiles(recipe.run_dir).write("evaluation.json", (json.dumps(evaluation, indent=2) + "\n").encode())
     _show(models, console)
@@ -53,7 +57,7 @@ def evaluate(recipe: Recipe, console: Console) -> dict[str, Any]:
 
 def _measure(recipe: Recipe, folder: Path, name: str, console: Console) -> dict[str, Any]:
     """Measurements of one model folder, from `measured/<name>.json` if they are of these weights and this text."""
-    manifest = Manifest.open(recipe.run_dir / "corpus.parquet")
+    manifest = Manifest.open(manifest_path(recipe))
     weights = {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(folder.glob("*.safetensors"))}
     wanted = {
         "folder": str(folder),
@@ -68,7 +72,10 @@ def _measure(recipe: Recipe, folder: Path, name: str, console: Console) -> dict[
         if held["of"] == wanted:
             return dict(held["measured"])
     console.info(f"evaluate: measuring {name}")
-    request = json.dumps({**wanted, "manifest_path": str(manifest.path), "device": recipe.teacher.device})
+    trusted = recipe.teacher.trust_remote_code
+    request = json.dumps(
+        {**wanted, "manifest_path": str(manifest.path), "device": recipe.teacher.device, "trust_remote_code": trusted}
+    )
     done = subprocess.run(
         [sys.executable, "-m", "stillroom.pipeline.measure"], input=request, capture_output=True, text=True, check=False
     )

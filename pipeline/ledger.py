@@ -6,6 +6,7 @@ Enters: what was taught, and for whom. Leaves: sums over all of them. Costs: one
 import json
 import os
 from collections.abc import Container
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,22 @@ class Ledger:
     def add(self, entry: dict[str, Any]) -> None:
         """Append, and reach the disk: what a killed run did must be counted."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
+        # A full disk or a kill may have torn the last line: it must not take this one with it.
+        torn = self._path.exists() and not self._path.read_bytes().endswith(b"\n") and self._path.stat().st_size
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+            file.write(("\n" if torn else "") + json.dumps(entry) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
     def entries(self) -> list[dict[str, Any]]:
-        """All lines that are whole; a kill may have cut the last one."""
+        """All lines that are whole; a kill or a full disk may have cut one."""
         if not self._path.exists():
             return []
-        lines = self._path.read_text(encoding="utf-8").split("\n")[:-1]
-        return [json.loads(line) for line in lines]
+        found = []
+        for line in self._path.read_text(encoding="utf-8").splitlines():
+            with suppress(ValueError):
+                found.append(json.loads(line))
+        return found
 
     def batches(self, students: Container[str]) -> int:
         """Teacher batches run on behalf of these students."""

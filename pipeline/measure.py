@@ -1,7 +1,8 @@
 """Measure one model folder: parameters, memory, latency, and quality on the held-out text. A process of its own, so
 that teacher and student never share a device, and each one's memory is its own.
 
-Enters: a JSON request on stdin (folder, dtype, device, manifest_path, latency_tokens). Leaves: a JSON object on
+Enters: a JSON request on stdin (folder, dtype, device, manifest_path,
+latency_tokens, trust_remote_code). Leaves: a JSON object on
 stdout. Costs: one load, one pass over the held-out documents, `latency_tokens` greedy steps three times.
 """
 
@@ -28,7 +29,10 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     """See the module's text. latency_ms_per_token: median of three greedy continuations with a cache, batch of one."""
     device = request["device"] if request["device"] != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, request["dtype"])
-    model = AutoModelForCausalLM.from_pretrained(request["folder"], dtype=dtype).to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        request["folder"], dtype=dtype, trust_remote_code=request["trust_remote_code"]
+    )
+    model = model.to(device).eval()
     manifest = Manifest.open(Path(request["manifest_path"]))
     return {
         "parameters": sum(p.numel() for p in model.parameters()),

@@ -13,7 +13,7 @@ from stillroom.pipeline.console import Console
 from stillroom.pipeline.plan import Plan
 from stillroom.pipeline.recipe.schema import Recipe
 from stillroom.pipeline.sources import Sources
-from stillroom.storage.files import LocalFiles
+from stillroom.storage.files import LocalFiles, open_files
 from stillroom.storage.manifest import Manifest
 from stillroom.storage.records import Sequence, Unit
 from stillroom.storage.shard import write_shard
@@ -43,7 +43,7 @@ def estimate(recipe: Recipe, plan: Plan, manifest: Manifest, sources: Sources, c
     with tempfile.TemporaryDirectory() as folder:
         shard = write_shard(LocalFiles(Path(folder)), sources.identity(), unit, sequences, blocks, {})
     total = round(shard.size_bytes / tokens * plan.pending_tokens)
-    free = sources.store().files.free_bytes()
+    free = open_files(recipe.store.path).free_bytes()
     return {
         "pilot_tokens": tokens,
         "bytes_per_token": round(shard.size_bytes / tokens, 1),

@@ -15,6 +15,7 @@ from typing import Any
 from stillroom.pipeline.console import Console
 from stillroom.pipeline.recipe.schema import Recipe
 from stillroom.pipeline.sources import Sources
+from stillroom.storage.files import open_files
 from stillroom.storage.manifest import Manifest, ManifestIndex
 from stillroom.storage.order import unit_order
 from stillroom.storage.records import Unit
@@ -43,18 +44,19 @@ class Plan:
         return sum(sum(u.tokens) for u in self.pending)
 
 
-def make_plan(manifest: Manifest, store: Store, *, unit_tokens: int, seed: int) -> Plan:
-    """Plan the remainder, and save what is new of it.
+def make_plan(manifest: Manifest, store: Store | None, *, unit_tokens: int, seed: int, save: bool = True) -> Plan:
+    """Plan the remainder, and save what is new of it (unless told to look only).
 
     Units that an earlier plan holds are followed as they are, if all their sequences are still wanted; only what
     they leave over is packed anew. So a killed run and an undisturbed one score the same units.
 
-    unit_tokens: budget of a unit. seed: of the training order; units are taught in its epoch 0.
+    store: None stands for one that is not founded yet. unit_tokens: budget of a unit. seed: of the training order;
+        units are taught in its epoch 0.
     """
     index = manifest.index()
     wanted = _first_rows(index)
-    committed = store.committed()
-    planned = store.planned()
+    committed = store.committed() if store else {}
+    planned = store.planned() if store else []
     covered: set[str] = set()
     for unit in planned:
         if unit.id in committed:
@@ -66,7 +68,7 @@ def make_plan(manifest: Manifest, store: Store, *, unit_tokens: int, seed: int) 
             pending.append(unit)
             covered.update(unit.sequences)
     fresh = pack_units(index, (row for digest, row in wanted.items() if digest not in covered), unit_tokens)
-    if fresh:
+    if fresh and store and save:
         store.save_plan(fresh)
     pending += fresh
     ordered = tuple(pending[i] for i in unit_order([u.id for u in pending], seed, 0)) if pending else ()
@@ -108,20 +110,26 @@ def _first_rows(index: ManifestIndex) -> dict[str, int]:
 
 
 def plan_command(recipe: Recipe, *, console: Console) -> dict[str, Any]:
-    """`stillroom plan`: what is there, what is to be done, and what it will cost by a short pilot."""
+    """`stillroom plan`: what is there, what is to be done, and what it will cost by a short pilot.
+
+    It founds no store and saves no plan: signal and unit size may still be changed by what it says.
+    """
     sources = Sources(recipe, console)
-    manifest, store = sources.manifest(), sources.store()
+    manifest, store = sources.manifest(), sources.store_if_founded()
     seed = recipe.students[0].seed if recipe.students else 0
-    plan = make_plan(manifest, store, unit_tokens=recipe.store.unit_tokens, seed=seed)
+    plan = make_plan(manifest, store, unit_tokens=recipe.store.unit_tokens, seed=seed, save=False)
+    if plan.pending:
+        sources.require_length(int(max(max(u.tokens) for u in plan.pending)))
+    files = open_files(recipe.store.path)
     result: dict[str, Any] = {
         "corpus": manifest.meta.counts,
-        "store": store.uri,
+        "store": files.uri,
         "sequences": plan.sequences,
         "sequences_held": plan.held,
         "pending_units": len(plan.pending),
         "pending_sequences": plan.pending_sequences,
         "pending_tokens": plan.pending_tokens,
-        "free_bytes": store.files.free_bytes(),
+        "free_bytes": files.free_bytes(),
     }
     if plan.pending:
         from stillroom.pipeline.pilot import estimate

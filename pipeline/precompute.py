@@ -6,16 +6,15 @@ teacher's time; the driver moves token ids out and receipts back, never signal.
     plan ─► unit + its token ids ─► actor: score, encode, write shard ─► receipt ─► commit in batches
 """
 
-import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from stillroom.pipeline.console import Console, Progress, format_bytes, format_count, format_duration
 from stillroom.pipeline.ledger import Ledger
 from stillroom.pipeline.plan import Plan, make_plan
+from stillroom.pipeline.process import uninterrupted
 from stillroom.pipeline.recipe.schema import Recipe
 from stillroom.pipeline.sources import Sources
 from stillroom.storage.errors import StoreFull
@@ -97,6 +96,8 @@ def teach(
         f"teach: {plan.pending_sequences:,} of {plan.sequences:,} sequences to score, {plan.pending_tokens:,} tokens "
         f"in {len(plan.pending):,} units; {plan.held:,} sequences are held already"
     )
+    sources.require_length(int(max(max(u.tokens) for u in plan.pending)))
+    require_room(store.uri, 0, store.files.free_bytes(), recipe=recipe)
     batch = _Batch(store, taught, ledger, on_behalf_of)
     _score(recipe, plan, manifest, store, sources, batch, console)
     return taught
@@ -123,16 +124,20 @@ def _score(
     with session(recipe.ray):
         pool = Pool(make, recipe.ray)
         console.info(f"teach: starting {recipe.ray.actors} teacher actor{'s' * (recipe.ray.actors > 1)}")
-        batch.taught.actors = pool.start()
+        batch.taught.actors = pool.start(console.notice)
         room = _Room(recipe, plan, store, console)
         batch.start()
         try:
             with console.progress(plan.pending_tokens, "tokens", label="teach") as progress:
                 _drain(pool.run(_payloads(plan, manifest), console.notice), batch, room, progress)
         finally:
-            # Also on Ctrl-C or an error: what has been scored and written is not to be scored again.
-            batch.commit()
-            pool.stop()
+            # Also on Ctrl-C or an error: what has been scored and written is not to be scored again. A second Ctrl-C
+            # waits: it would leave actors and Ray's processes behind.
+            with uninterrupted():
+                try:
+                    batch.commit()
+                finally:
+                    pool.stop()
 
 
 def _drain(receipts: Iterator[Receipt | None], batch: "_Batch", room: "_Room", progress: Progress) -> None:
@@ -149,24 +154,6 @@ def _payloads(plan: Plan, manifest: Manifest) -> Iterator[tuple[Unit, list[Seque
     for unit in plan.pending:
         rows = manifest.rows([plan.rows[s] for s in unit.sequences])
         yield unit, [row.sequence for row in rows]
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Ctrl-C and SIGTERM wait until the block is done. Main thread only.
-
-    By handlers, as masking them does not do: Ray's threads would take the signal, and Python runs its handler here.
-    """
-    received: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, lambda got, _: received.append(got)) for number in numbers]
-    try:
-        yield
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
-        for late in received:
-            signal.raise_signal(late)
 
 
 class _Batch:
@@ -251,8 +238,9 @@ def require_room(uri: str, need_bytes: int, free_bytes: int | None, *, recipe: R
     """Raises StoreFull if the estimate with its safety margin does not fit, or would leave too little."""
     wanted = need_bytes * recipe.store.safety + recipe.store.min_free_bytes
     if free_bytes is not None and wanted > free_bytes:
+        most = f"about {format_bytes(need_bytes)} more, times store.safety {recipe.store.safety:g} plus "
         raise StoreFull(
-            f"store {uri} needs about {format_bytes(need_bytes)} more, times store.safety {recipe.store.safety:g} "
-            f"plus store.min_free_bytes {format_bytes(recipe.store.min_free_bytes)}, but {format_bytes(free_bytes)} "
-            "are free: free some space, lower signal.k, or choose another store.path"
+            f"store {uri} needs {most if need_bytes else ''}store.min_free_bytes "
+            f"{format_bytes(recipe.store.min_free_bytes)}, but {format_bytes(free_bytes)} are free: free some space, "
+            "lower signal.k, or choose another store.path"
         )

@@ -4,6 +4,7 @@ Enters: a recipe. Leaves: those things, made when first asked for. Costs: hashin
 machine (a digest is remembered by path, size and time), ingesting the corpus once per change.
 """
 
+import shutil
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ from stillroom.pipeline.console import Console
 from stillroom.pipeline.corpus.counts import Counts
 from stillroom.pipeline.corpus.ingest import ingest_if_needed
 from stillroom.pipeline.recipe.schema import Recipe
+from stillroom.storage.errors import IdentityMismatch, RecipeError
+from stillroom.storage.files import open_files
 from stillroom.storage.identity import Identity, tokenizer_digest
 from stillroom.storage.manifest import Manifest
-from stillroom.storage.store import Store, create_store
+from stillroom.storage.store import IDENTITY, Store, create_store, open_store
 from stillroom.workers.teacher import TeacherSpec
 
 
@@ -63,11 +66,15 @@ class Sources:
         return manifest
 
     def _keep_tokenizer(self, folder: Path) -> None:
-        """Students are built and exported with it, also where the teacher is not at hand."""
+        """Students are built and exported with it, also where the teacher is not at hand. Whole or not at all."""
         held = folder / "tokenizer.json"
         text = self.tokenizer.backend_tokenizer.to_str()
         if not held.exists() or tokenizer_digest(held.read_text(encoding="utf-8")) != tokenizer_digest(text):
-            self.tokenizer.save_pretrained(folder)
+            fresh = folder.with_name(f".{folder.name}.tmp")
+            shutil.rmtree(fresh, ignore_errors=True)
+            self.tokenizer.save_pretrained(fresh)
+            shutil.rmtree(folder, ignore_errors=True)
+            fresh.replace(folder)
 
     def identity(self) -> Identity:
         """What the recipe's teacher and signal make of a store, without loading the teacher."""
@@ -77,11 +84,40 @@ class Sources:
         text = self.tokenizer.backend_tokenizer.to_str()
         dtype = self._recipe.teacher.dtype
         parts = identity_parts(self.teacher_folder, text, dtype=dtype, cache_dir=cache_folder())
-        return Identity(teacher=self._recipe.teacher.model, signal=self._recipe.signal.spec(), **parts)
+        identity = Identity(teacher=self._recipe.teacher.model, signal=self._recipe.signal.spec(), **parts)
+        if identity.signal.k >= identity.vocabulary:  # before a store is founded on it
+            raise RecipeError(
+                f"signal.k is {identity.signal.k}, expected 1 to {identity.vocabulary - 1} (the teacher's vocabulary "
+                "less one)"
+            )
+        return identity
 
     def store(self) -> Store:
         """The recipe's store, founded if it is not there. Raises IdentityMismatch if another lives there."""
-        return create_store(self._recipe.store.path, self.identity())
+        try:
+            return create_store(self._recipe.store.path, self.identity())
+        except IdentityMismatch as error:
+            if open_store(self._recipe.store.path).committed():
+                raise
+            raise IdentityMismatch(
+                f"{error} Nothing is committed in it yet: removing that folder does as well."
+            ) from error
+
+    def store_if_founded(self) -> Store | None:
+        """The recipe's store, or None where there is none yet: looking must not found one."""
+        founded = open_files(self._recipe.store.path).exists(IDENTITY)
+        return self.store() if founded else None
+
+    def require_length(self, tokens: int) -> None:
+        """Raises RecipeError if the teacher cannot read that many tokens; hours later an actor would say it."""
+        from stillroom.workers.source import positions_of
+
+        limit = positions_of(self.teacher_folder, trust_remote_code=self._recipe.teacher.trust_remote_code)
+        if limit is not None and tokens > limit:
+            raise RecipeError(
+                f"corpus.window is {self._recipe.corpus.window:,} and the corpus has sequences of {tokens:,} tokens, "
+                f"the teacher's positions end at {limit:,}: set corpus.window to at most that"
+            )
 
     def teacher_spec(self) -> TeacherSpec:
         teacher = self._recipe.teacher

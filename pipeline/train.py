@@ -5,6 +5,7 @@ Costs: this process waits; the student's does the work, without Ray, without the
 """
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -13,22 +14,34 @@ from typing import Any
 
 from stillroom.pipeline.console import Console
 from stillroom.pipeline.recipe.schema import Recipe
-from stillroom.pipeline.student.bindings import bindings_of, finished
+from stillroom.pipeline.student.bindings import EXPORT, RESULT, bindings_of, finished, read_result, require_same
 from stillroom.pipeline.student.config import StudentConfig, StudentJob
-from stillroom.storage.errors import StoreError, StudentError
-from stillroom.storage.files import LocalFiles
+from stillroom.pipeline.student.parent import VARIABLE
+from stillroom.storage import errors
+from stillroom.storage.errors import StillroomError, StoreError, StudentError
+from stillroom.storage.files import LocalFiles, open_files
 from stillroom.storage.manifest import Manifest
 from stillroom.storage.snapshot import Snapshot
-from stillroom.storage.store import open_store
+from stillroom.storage.store import IDENTITY, open_store
 
 INTERRUPTED = 130
 
 
 def train_command(recipe: Recipe, *, console: Console) -> dict[str, Any]:
     """`stillroom train`: every student of the recipe, one after the other."""
+    if not manifest_path(recipe).exists():
+        if any(student.losses.alpha for student in recipe.students):
+            raise StoreError(f"{manifest_path(recipe)} is not there yet: run `stillroom teach` on this recipe first")
+        from stillroom.pipeline.sources import Sources
+
+        Sources(recipe, console).manifest()  # hard labels alone need the text, and no teacher
     results = [train(recipe, student, console) for student in recipe.students]
     show_students(results, console)
     return {"students": results}
+
+
+def manifest_path(recipe: Recipe) -> Path:
+    return recipe.run_dir / "corpus.parquet"
 
 
 def student_folder(recipe: Recipe, student: StudentConfig) -> Path:
@@ -42,9 +55,11 @@ def train(recipe: Recipe, student: StudentConfig, console: Console) -> dict[str,
     said why), KeyboardInterrupt if it was interrupted.
     """
     folder = student_folder(recipe, student)
-    job = _job(recipe, student, folder)
+    job = job_of(recipe, student)
     result = result_of(job)
     if result is None:
+        if job.teacher is not None:
+            job = job.model_copy(update={"teacher": _teacher_folder(recipe)})
         path = folder / "job.json"
         LocalFiles(folder).write(path.name, job.model_dump_json(indent=2).encode())
         console.info(f"train: {student.name}")
@@ -57,10 +72,21 @@ def train(recipe: Recipe, student: StudentConfig, console: Console) -> dict[str,
     return result
 
 
+def require_untouched(recipe: Recipe, student: StudentConfig, manifest: Manifest) -> None:
+    """Raises StudentError if the student is trained already, on another corpus or by other numbers: said before the
+    teacher has worked for it."""
+    path = student_folder(recipe, student) / RESULT
+    if path.exists():
+        held = read_result(path)["bindings"]
+        require_same(held, {**held, "config": student.numbers(), "manifest": manifest.digest}, path)
+
+
 def result_of(job: StudentJob) -> dict[str, Any] | None:
     """The result of a finished run of exactly this job, or None. Raises StudentError if the folder holds another."""
     snapshot = None if job.snapshot is None else Snapshot.read(job.snapshot)
-    return finished(job, bindings_of(job, Manifest.open(job.manifest), snapshot))
+    result = finished(job, bindings_of(job, Manifest.open(job.manifest), snapshot))
+    # Where it is now: the run's folder may have been moved.
+    return None if result is None else result | {"export": str(job.run_dir / EXPORT)}
 
 
 def student_line(result: dict[str, Any]) -> dict[str, Any]:
@@ -95,15 +121,17 @@ def show_students(results: list[dict[str, Any]], console: Console) -> None:
 _SHOWN = (("kl", 3), ("top1", 3), ("ppl", 2))
 
 
-def _job(recipe: Recipe, student: StudentConfig, folder: Path) -> StudentJob:
-    manifest_path = recipe.run_dir / "corpus.parquet"
+def job_of(recipe: Recipe, student: StudentConfig) -> StudentJob:
+    """What the student's process is to do. Raises StoreError if the corpus or the store is not there."""
+    folder, path = student_folder(recipe, student), manifest_path(recipe)
     return StudentJob(
         student=student,
-        manifest=manifest_path,
-        snapshot=_pin(recipe, student, Manifest.open(manifest_path), folder),
+        manifest=path,
+        snapshot=_pin(recipe, student, Manifest.open(path), folder),
         run_dir=folder,
         tokenizer=recipe.run_dir / "tokenizer",
-        teacher=_teacher_folder(recipe) if student.model.cut is not None else None,
+        # As the recipe has it: a finished student is found without the teacher's files.
+        teacher=Path(recipe.teacher.model) if student.model.cut is not None else None,
     )
 
 
@@ -114,38 +142,65 @@ def _teacher_folder(recipe: Recipe) -> Path:
 
 
 def _pin(recipe: Recipe, student: StudentConfig, manifest: Manifest, folder: Path) -> Path | None:
-    """The snapshot that this student trains on: the one it began with, unless the corpus has changed since."""
+    """The snapshot that this student trains on: the one it began with, unless the corpus has changed since. None for
+    a student of hard labels that began where there was no store.
+
+    Raises StoreError if the store lacks a part of the corpus: nothing is pinned then.
+    """
     path, note = folder / "snapshot.parquet", folder / "pinned.json"
-    stated = {"manifest": manifest.digest, "store": recipe.store.path}
-    if path.exists() and note.exists() and json.loads(note.read_text()) == stated:
+    files = open_files(recipe.store.path)
+    stated = {"manifest": manifest.digest, "store": files.uri}
+    held = json.loads(note.read_text()) if note.exists() else None
+    if held == stated | {"signal": True} and path.exists():
         return path
-    try:
-        store = open_store(recipe.store.path)
-    except StoreError:
-        if student.losses.alpha == 0:
-            return None
-        raise
+    if student.losses.alpha == 0 and (held == stated | {"signal": False} or not files.exists(IDENTITY)):
+        LocalFiles(folder).write(note.name, json.dumps(stated | {"signal": False}).encode())
+        return None
     digests = {s.decode() for s in manifest.index().sequences.tolist()}
-    snapshot: Snapshot = store.snapshot(digests)
+    snapshot: Snapshot = open_store(recipe.store.path).snapshot(digests)
+    lacking = len(digests.difference(*(u.sequences for u in snapshot.units)))
+    if lacking:
+        raise StoreError(
+            f"store {files.uri} lacks {lacking:,} of the corpus's {len(digests):,} sequences: run `stillroom teach` on "
+            "this recipe first"
+        )
     snapshot.write(path)
-    LocalFiles(folder).write(note.name, json.dumps(stated).encode())
+    LocalFiles(folder).write(note.name, json.dumps(stated | {"signal": True}).encode())
     return path
 
 
 def _run(command: list[str], name: str) -> None:
     """Run the student's process and wait. A Ctrl-C reaches it too, as the terminal signals the whole group; a
-    SIGTERM to us is passed on. It writes its checkpoint, then both end."""
-    process = subprocess.Popen(command)
+    SIGTERM to us is passed on. It writes its checkpoint, then both end. It ends as well if we are killed.
+
+    Raises the error that the process met, StudentError if it could not say.
+    """
+    reading, writing = os.pipe()
+    environment = os.environ | {VARIABLE: f"{os.getpid()}:{writing}"}
+    # Its stdout is our stderr: ours is for the result alone.
+    process = subprocess.Popen(command, stdout=2, pass_fds=(writing,), env=environment)
+    os.close(writing)
     previous = signal.signal(signal.SIGTERM, lambda *_: process.send_signal(signal.SIGTERM))
     try:
         code = _wait(process)
     finally:
         signal.signal(signal.SIGTERM, previous)
+        with os.fdopen(reading, encoding="utf-8") as pipe:
+            told = pipe.read()
     if code == INTERRUPTED:
         raise KeyboardInterrupt
+    if told:
+        raise _error(told, name)
     if code != 0:
         how = f"was killed by signal {-code}" if code < 0 else f"stopped with exit code {code}"
         raise StudentError(f"student {name} {how}; the same command goes on from its last checkpoint")
+
+
+def _error(told: str, name: str) -> StillroomError:
+    """What the student's process said, as the error that it was there."""
+    words = json.loads(told)
+    kind: type[StillroomError] = getattr(errors, words["kind"])
+    return kind(f"student {name}: {words['message']}")
 
 
 def _wait(process: "subprocess.Popen[bytes]") -> int:

@@ -13,6 +13,7 @@ This is the only file that imports deltalake; a student never does.
 
 import json
 import random
+import re
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -22,7 +23,7 @@ from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Tr
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 from deltalake.transaction import AddAction
 
-from stillroom.storage.errors import StoreError
+from stillroom.storage.errors import StoreError, StoreFull
 from stillroom.storage.records import Receipt, ShardRef
 from stillroom.storage.schema import shard_schema
 from stillroom.storage.shard import parse_shard_path
@@ -45,7 +46,7 @@ class CommitLog:
         except CommitFailedError:
             return CommitLog.open(uri)  # another founder was faster
         except (DeltaError, OSError) as error:
-            raise StoreError(f"commit log of {uri} cannot be made: {' '.join(str(error).split())}") from error
+            raise StoreError(f"commit log of {uri} cannot be made: {_one_line(error)}") from error
 
     @staticmethod
     def open(uri: str) -> "CommitLog":
@@ -90,7 +91,7 @@ class CommitLog:
                 time.sleep(random.uniform(0, min(0.02 * 2**attempt, 1.0)))
                 continue
             except (DeltaError, OSError) as error:
-                raise StoreError(f"commit to {self._table.table_uri} failed: {' '.join(str(error).split())}") from error
+                raise _uncommitted(self._table.table_uri, error) from error
             return fresh
         raise StoreError(f"commit to {self._table.table_uri} lost {_ATTEMPTS} races; nothing is lost, run again")
 
@@ -110,7 +111,19 @@ class CommitLog:
 
 
 def _unreadable(uri: str, error: Exception) -> str:
-    return f"commit log of {uri} cannot be read: {' '.join(str(error).split())}"
+    return f"commit log of {uri} cannot be read: {_one_line(error)}"
+
+
+def _uncommitted(uri: str, error: Exception) -> StoreError:
+    line = _one_line(error)
+    if "No space left on device" in line or "Disk quota exceeded" in line:  # deltalake gives text alone
+        return StoreFull(f"no room for a commit to {uri}: free some space and run the same command again")
+    return StoreError(f"commit to {uri} failed: {line}")
+
+
+def _one_line(error: Exception) -> str:
+    """Without deltalake's colours and arrows."""
+    return " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).replace("↳", ":").split())
 
 
 def _add_action(receipt: Receipt) -> AddAction:

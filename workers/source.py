@@ -65,6 +65,22 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     return tokenizer
 
 
+def positions_of(folder: Path, *, trust_remote_code: bool = False) -> int | None:
+    """How many tokens the folder's model reads at once, by its config; None where that says nothing.
+
+    Raises TeacherError if transformers does not know the model.
+    """
+    try:
+        with quiet():
+            config = transformers.AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=trust_remote_code
+            )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise TeacherError(f"{folder} has a config.json that transformers cannot use: {_first_line(error)}") from error
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return None if limit is None else int(limit)
+
+
 def cache_folder() -> Path:
     """`$STILLROOM_CACHE`, else `$XDG_CACHE_HOME/stillroom`, else `~/.cache/stillroom`."""
     named = os.environ.get("STILLROOM_CACHE")

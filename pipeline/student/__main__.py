@@ -6,27 +6,34 @@ job file, 130 interrupted. Costs: a finished run answers without importing torch
 
 import fcntl
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from stillroom.pipeline.student.bindings import RESULT, bindings_of, finished
 from stillroom.pipeline.student.config import StudentJob
+from stillroom.pipeline.student.parent import Parent
 from stillroom.storage.errors import StillroomError, StudentError, UsageError
 from stillroom.storage.manifest import Manifest
 from stillroom.storage.snapshot import Snapshot
 
+#: A step and a checkpoint of a large student.
+PATIENCE_S = 120.0
+
 
 def main(arguments: list[str]) -> int:
     """Run a job; the exit code."""
+    parent = Parent()
     try:
         if len(arguments) != 1:
             raise UsageError("usage: python -m stillroom.pipeline.student JOB.json")
         job = StudentJob.read(Path(arguments[0]))
-        with locked(job.run_dir):
+        # A command holds the run's folder: who still trains here has lost his, and is writing his last checkpoint.
+        with locked(job.run_dir, patience_s=0 if parent.pid is None else PATIENCE_S):
             _run(job)
     except StillroomError as error:
-        print(f"error: {error}", file=sys.stderr)
+        parent.tell(error)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
@@ -47,14 +54,19 @@ def _run(job: StudentJob) -> None:
 
 
 @contextmanager
-def locked(run_dir: Path) -> Iterator[None]:
+def locked(run_dir: Path, *, patience_s: float = 0) -> Iterator[None]:
     """Only one process trains in a folder; the lock goes with the process, however it ends."""
     run_dir.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + patience_s
     with (run_dir / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise StudentError(f"another process is training in {run_dir}: wait for it, or end it") from error
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() >= end:
+                    raise StudentError(f"another process is training in {run_dir}: wait for it, or end it") from error
+            time.sleep(0.1)
         yield
 
 

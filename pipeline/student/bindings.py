@@ -5,6 +5,7 @@ footer and the snapshot's list; no tensor, no model.
 """
 
 import json
+from pathlib import Path
 from typing import Any
 
 from stillroom.pipeline.student.config import StudentJob
@@ -51,10 +52,16 @@ def finished(job: StudentJob, bindings: Bindings) -> dict[str, Any] | None:
     path = job.run_dir / RESULT
     if not path.exists():
         return None
+    result = read_result(path)
+    require_same(result["bindings"], bindings, path)
+    return result if (job.run_dir / EXPORT).is_dir() else None
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """A `result.json`. Raises StudentError if it is none."""
     try:
         result: dict[str, Any] = json.loads(path.read_text())
-        stored = result["bindings"]
-    except (ValueError, KeyError) as error:
+        result["bindings"]["config"]
+    except (ValueError, KeyError, TypeError) as error:
         raise StudentError(f"{path} cannot be read ({error}): remove it to export again") from error
-    require_same(stored, bindings, path)
-    return result if (job.run_dir / EXPORT).is_dir() else None
+    return result

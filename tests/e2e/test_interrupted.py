@@ -4,9 +4,11 @@ import os
 import signal
 import subprocess
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from stillroom.storage.errors import StillroomError
@@ -73,6 +75,28 @@ def interrupt(process: "subprocess.Popen[str]") -> None:
     assert "Traceback" not in printed
 
 
+def terminate(process: "subprocess.Popen[str]") -> None:
+    """A scheduler's SIGTERM to the command alone is a Ctrl-C."""
+    process.terminate()
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, printed
+    assert "continues where it stopped" in printed
+
+
+def interrupt_impatiently(process: "subprocess.Popen[str]") -> None:
+    """Ctrl-C again and again: what is scored is committed, and nothing of Ray stays behind."""
+    below = psutil.Process(process.pid).children(recursive=True)
+    for _ in range(6):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(0.1)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, printed
+    _, alive = psutil.wait_procs(below, timeout=10)
+    assert not alive
+
+
 def kill_driver(process: "subprocess.Popen[str]") -> None:
     process.kill()
     process.communicate(timeout=60)
@@ -89,7 +113,13 @@ def kill_actor(process: "subprocess.Popen[str]") -> None:
 
 @pytest.mark.parametrize(
     "stop",
-    [interrupt, pytest.param(kill_driver, marks=pytest.mark.slow), pytest.param(kill_actor, marks=pytest.mark.slow)],
+    [
+        interrupt,
+        *(
+            pytest.param(stop, marks=pytest.mark.slow)
+            for stop in (terminate, interrupt_impatiently, kill_driver, kill_actor)
+        ),
+    ],
 )
 def test_stopped_while_teaching(
     tmp_path: Path, undisturbed: Setup, stop: Callable[["subprocess.Popen[str]"], None]
@@ -120,8 +150,13 @@ def kill_everything(process: "subprocess.Popen[str]") -> None:
     kill_group(process)
 
 
-@pytest.mark.parametrize("stop", [kill_student, pytest.param(interrupt, marks=pytest.mark.slow),
-                                  pytest.param(kill_everything, marks=pytest.mark.slow)])  # fmt: skip
+@pytest.mark.parametrize(
+    "stop",
+    [
+        kill_student,
+        *(pytest.param(stop, marks=pytest.mark.slow) for stop in (interrupt, terminate, kill_driver, kill_everything)),
+    ],
+)
 def test_stopped_while_training(
     tmp_path: Path, undisturbed: Setup, stop: Callable[["subprocess.Popen[str]"], None]
 ) -> None:

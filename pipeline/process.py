@@ -1,0 +1,62 @@
+"""What a command is to its process: how signals end it, and the lock on its run's folder.
+
+Enters: signals, a folder. Leaves: KeyboardInterrupt where nothing is lost; one command at a time in a folder. Costs:
+nothing.
+"""
+
+import fcntl
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from stillroom.storage.errors import StillroomError
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM is a Ctrl-C inside: it commits what is scored, passes on to the student, and ends with 130."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # a signal never comes here
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait until the block is done. Main thread only.
+
+    By handlers, as masking them does not do: Ray's threads would take the signal, and Python runs its handler here.
+    """
+    received: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda got, _: received.append(got)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+        for late in dict.fromkeys(received):
+            signal.raise_signal(late)
+
+
+@contextmanager
+def only_one(run_dir: Path) -> Iterator[None]:
+    """Hold a run's folder; the lock goes with the process, however it ends.
+
+    Raises StillroomError if another command holds it: two would score the same units twice, and train the same student.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StillroomError(
+                f"another stillroom command is at work in {run_dir}: wait for it, end it, or set another run_dir"
+            ) from error
+        yield
