@@ -5,11 +5,12 @@ machine (a digest is remembered by path, size and time), ingesting the corpus on
 """
 
 import shutil
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from stillroom.pipeline.console import Console
+from stillroom.pipeline.console import Console, Progress
 from stillroom.pipeline.corpus.counts import Counts
 from stillroom.pipeline.corpus.ingest import ingest_if_needed
 from stillroom.pipeline.recipe.schema import Recipe
@@ -48,12 +49,15 @@ class Sources:
     def manifest(self) -> Manifest:
         """The corpus as sequences; read again only if the corpus, its settings or the tokenizer changed."""
         self._keep_tokenizer(self._recipe.run_dir / "tokenizer")
-        with self._console.progress(None, "tokens", label="corpus") as progress:
+        with ExitStack() as stack:
+            bars: list[Progress] = []
             done = 0
 
             def advance(counts: Counts) -> None:
                 nonlocal done
-                progress.advance(counts.tokens - done)
+                if not bars:  # only where the corpus is read at all
+                    bars.append(stack.enter_context(self._console.progress(None, "tokens", label="corpus")))
+                bars[0].advance(counts.tokens - done)
                 done = counts.tokens
 
             manifest, read = ingest_if_needed(
