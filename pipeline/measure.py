@@ -63,6 +63,9 @@ def _quality(model: Any, manifest: Manifest) -> dict[str, Any]:
 def _latency_ms(model: Any, manifest: Manifest, tokens: int) -> float:
     ids = manifest.rows([0])[0].sequence.input_ids[:PROMPT_TOKENS]
     prompt = torch.tensor(ids, dtype=torch.long, device=model.device)[None]
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None:
+        tokens = max(1, min(tokens, limit - prompt.shape[1]))
     times = []
     for _ in range(3):
         out = model(prompt, use_cache=True)
