@@ -70,8 +70,10 @@ def build_student(
     else:
         assert model.from_ is not None
         source = model.from_
+        config = _load_config(source)
+        # The tokenizer first: with another one, the vocabulary's size differs as well, and says less.
         check_tokenizer(load_tokenizer(source), source=source, expected=expected_tokenizer)
-        check_vocabulary(_load_config(source), source=source, vocabulary=vocabulary)
+        check_vocabulary(config, source=source, vocabulary=vocabulary)
         student, info = _load(source)
     _require_complete(info, source)
     return own_memory(student)
