@@ -60,7 +60,8 @@ class Snapshot:
     def read(path: Path) -> "Snapshot":
         """Raises StoreError naming the file if it cannot be read or is of another version."""
         try:
-            table = pq.read_table(path, page_checksum_verification=True)
+            with pq.ParquetFile(path, page_checksum_verification=True) as file:
+                table = file.read(use_threads=False)
             metadata = table.schema.metadata or {}
             text, stated = metadata[_KEY.encode()], metadata[_DIGEST_KEY.encode()]
             units = tuple(units_of_table(table, str(path)))
