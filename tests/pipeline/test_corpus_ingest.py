@@ -273,7 +273,8 @@ print(manifest.meta.counts["tokens"], peak[1])
 def test_memory_does_not_grow_with_the_corpus(tokenizer: Any, tmp_path: Path) -> None:
     text = "every drop is weighed twice before it is written down in the book of waters. " * 20
     peaks = {}
-    for name, size in (("small", 300), ("large", 1_500)):
+    # Both are many batches of 256 documents: with one batch, buffers and allocators are not yet at their size.
+    for name, size in (("small", 1_000), ("large", 4_000)):
         write_jsonl(tmp_path / f"{name}.jsonl", [{"text": f"{i} {text}"} for i in range(size)])
         done = subprocess.run(
             [sys.executable, "-c", _MEASURE, str(tmp_path), f"{name}.jsonl"],
@@ -282,5 +283,5 @@ def test_memory_does_not_grow_with_the_corpus(tokenizer: Any, tmp_path: Path) ->
         tokens, peak_kib = map(int, done.stdout.split())
         peaks[tokens] = peak_kib / 1024
     (small, small_mib), (large, large_mib) = sorted(peaks.items())
-    assert large > 4 * small
+    assert large - small > 2_000_000  # as Python lists they would take 16 MiB, whatever else is kept of them
     assert large_mib - small_mib < 16, f"{small} tokens took {small_mib:.0f} MiB, {large} tokens {large_mib:.0f} MiB"
