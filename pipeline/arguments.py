@@ -44,7 +44,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     if rest:
         arguments.overrides = [*arguments.overrides, *rest]
     if arguments.command == "inspect" and arguments.tokens and arguments.unit is None:
-        raise UsageMistake("--tokens needs --unit ID (`stillroom inspect STORE` lists the units)")
+        raise UsageMistake("--tokens needs --unit ID (`stillroom inspect STORE` shows some)")
     if arguments.command == "init" and not arguments.reference and arguments.corpus is None:
         raise UsageMistake("init needs MODEL and CORPUS (see stillroom init --help)")
     return arguments

@@ -227,7 +227,7 @@ class _Room:
         seconds = (time.monotonic() - self._started) / taught.tokens * left
         free = self._store.files.free_bytes()
         self._console.info(
-            f"teach: {taught.bytes / taught.tokens:.0f} bytes and {taught.tokens} tokens in the pilot: about "
+            f"teach: {taught.bytes / taught.tokens:.0f} bytes a token in a pilot of {taught.tokens:,} tokens: about "
             f"{format_bytes(need)} and {format_duration(seconds)} for the other {format_count(left)} tokens; "
             f"{format_bytes(free) if free is not None else 'unknown'} free"
         )

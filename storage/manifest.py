@@ -244,7 +244,9 @@ class Manifest:
         """
         path = Path(path)
         if not path.is_file():
-            raise StoreError(f"no corpus manifest at {path}: run the corpus stage first, or correct the path")
+            raise StoreError(
+                f"no corpus manifest at {path}: `stillroom teach` on its recipe makes one; or correct the path"
+            )
         with _damage_named(path):
             parquet = pq.ParquetFile(path, page_checksum_verification=True)
         meta = _read_meta(path, parquet.metadata.metadata or {})

@@ -17,6 +17,9 @@ from stillroom.storage.store import IDENTITY, Store, open_store
 #: Footers read for the size of each column; more would only slow down a store of a million shards.
 _SAMPLED_SHARDS = 64
 
+#: Unit ids shown, to have one for `--unit`.
+_SHOWN_UNITS = 5
+
 
 def list_stores(root: str) -> list[dict[str, Any]]:
     """Stores at or below a folder, one dictionary each, by path. A store that cannot be read carries `error`.
@@ -43,6 +46,7 @@ def inspect_store(uri: str, unit: str | None = None, *, positions: int = 64) -> 
         return _unit(store, unit, positions)
     refs = store.committed()
     summary = _summary(store)
+    summary["first_units"] = sorted(refs)[:_SHOWN_UNITS]
     summary["identity_parts"] = store.identity.parts()
     summary["columns_bytes_per_token"] = _column_sizes(store, list(refs.values())[:_SAMPLED_SHARDS])
     summary["columns_sampled_shards"] = min(len(refs), _SAMPLED_SHARDS)

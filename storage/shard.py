@@ -149,7 +149,7 @@ class ShardReader:
         if found != ref.sha256:
             raise CorruptShard(
                 f"{self.where} has sha256 {found[:16]}…, committed was {ref.sha256[:16]}…: the file was damaged or "
-                "replaced; drop its unit from the log and run the recipe again to score it anew"
+                "replaced; put back a copy of it (its name holds its digest), or teach into another store.path"
             )
         source.seek(0)
         try:
