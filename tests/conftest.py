@@ -1,7 +1,14 @@
-"""Every test runs off line, and with one thread per process: two cores are shared."""
+"""Every test runs off line, with one thread per process (two cores are shared), and the same way every time."""
 
 import os
+
+from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A random example that fails once in a hundred runs says nothing about the change it fails on. To search for new
+# ones: HYPOTHESIS_PROFILE=default.
+settings.register_profile("same", derandomize=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))

@@ -45,14 +45,16 @@ def test_round_trip(seed: int, step: float | None, vocabulary: int, rows: int, s
     assert error.max() <= (step or 0.0) / 2 + 3 * EPS * size
     assert np.array_equal(back.logits[:, 0], block.logits[:, 0]), "the top logit is kept exactly"
     assert (np.diff(back.logits, axis=1) <= 0).all(), "rounding keeps the order"
-    for temperature in (1, 2, 4, 8):
+    # Grid points, where the tail is not interpolated: a tail of two ids far apart bends too sharply for the spline
+    # (test_tail.py has its error on tails as a vocabulary has them).
+    for temperature in (1, 2, 5, 10):
         p = probabilities(back, temperature, vocabulary - k)
         assert np.abs(p.sum(axis=1) - 1).max() < 1e-9
         assert (p > 0).all(), "no tail is empty or negative"
         exact = exact_lse(logits, 1 / temperature)
         tail = exact_lse(np.sort(logits, axis=1)[:, : vocabulary - k], 1 / temperature)
         # Every log probability moves by at most the rounding of its own logit and that of log Z.
-        moved = ((step or 0.0) + STEP) / temperature + STEP + 1e-3 + 8 * EPS * size
+        moved = ((step or 0.0) + STEP) / temperature + STEP + 8 * EPS * size
         assert np.abs(np.log(p[:, -1]) - (tail - exact)).max() <= moved
 
 
