@@ -65,7 +65,12 @@ def _build() -> argparse.ArgumentParser:
         )
 
     init = add("init", "write a starter recipe, with comments")
-    init.add_argument("model", metavar="MODEL", nargs="?", help="the teacher: a folder or a Hugging Face id")
+    init.add_argument(
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        help="the teacher: a folder, a Hugging Face id, a .gguf file or package:NAME",
+    )
     init.add_argument("corpus", metavar="CORPUS", nargs="?", help="the text: a file, a folder or a glob")
     init.add_argument("-o", "--output", metavar="FILE", default="recipe.yaml", help="where to write it (%(default)s)")
     init.add_argument("--force", action="store_true", help="overwrite a recipe that is there")
@@ -74,14 +79,14 @@ def _build() -> argparse.ArgumentParser:
         command = add(name, summary)
         command.add_argument("recipe", metavar="RECIPE", help="a recipe file (YAML)")
         command.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="values to override")
-    ls = add("ls", "list the stores under a folder or prefix")
+    ls = add("ls", "list the stores under a folder")
     ls.add_argument("root", metavar="ROOT", nargs="?", default=".", help="where to look (the current folder)")
     inspect = add("inspect", "say what a store holds")
-    inspect.add_argument("store", metavar="STORE", help="a store's folder or prefix")
+    inspect.add_argument("store", metavar="STORE", help="a store's folder")
     inspect.add_argument("--unit", metavar="ID", help="one unit of it")
     inspect.add_argument("--tokens", action="store_true", help="with --unit: its tokens, and what the teacher kept")
     verify = add("verify", "read every shard and compare it with what was committed")
-    verify.add_argument("store", metavar="STORE", help="a store's folder or prefix")
+    verify.add_argument("store", metavar="STORE", help="a store's folder")
     return parser
 
 

@@ -17,7 +17,7 @@ from stillroom.pipeline.precompute import teach
 from stillroom.pipeline.recipe import save_resolved
 from stillroom.pipeline.recipe.schema import Recipe
 from stillroom.pipeline.sources import Sources
-from stillroom.pipeline.train import require_untouched, show_students, student_line, train
+from stillroom.pipeline.train import require_possible, require_untouched, show_students, student_line, train
 from stillroom.storage.files import LocalFiles
 from stillroom.storage.query import inspect_store
 from stillroom.storage.store import Store
@@ -31,6 +31,7 @@ def run_recipe(recipe: Recipe, *, console: Console) -> dict[str, Any]:
     ledger = Ledger(recipe.run_dir / "ledger.jsonl")
     for student in recipe.students:
         require_untouched(recipe, student, manifest)
+        require_possible(recipe, student, manifest, sources)
     students = []
     for student in recipe.students:
         teach(recipe, manifest, store, sources, console, ledger=ledger, on_behalf_of=student.name)

@@ -14,8 +14,9 @@ from typing import Any
 
 from stillroom.pipeline.console import Console
 from stillroom.pipeline.recipe.schema import Recipe
+from stillroom.pipeline.sources import Sources
 from stillroom.pipeline.student.bindings import EXPORT, RESULT, bindings_of, finished, read_result, require_same
-from stillroom.pipeline.student.config import StudentConfig, StudentJob
+from stillroom.pipeline.student.config import StudentConfig, StudentJob, student_window
 from stillroom.pipeline.student.parent import VARIABLE
 from stillroom.storage import errors
 from stillroom.storage.errors import StillroomError, StoreError, StudentError
@@ -32,8 +33,6 @@ def train_command(recipe: Recipe, *, console: Console) -> dict[str, Any]:
     if not manifest_path(recipe).exists():
         if any(student.losses.alpha for student in recipe.students):
             raise StoreError(f"{manifest_path(recipe)} is not there yet: run `stillroom teach` on this recipe first")
-        from stillroom.pipeline.sources import Sources
-
         Sources(recipe, console).manifest()  # hard labels alone need the text, and no teacher
     results = [train(recipe, student, console) for student in recipe.students]
     show_students(results, console)
@@ -70,6 +69,23 @@ def train(recipe: Recipe, student: StudentConfig, console: Console) -> dict[str,
     else:
         console.info(f"train: {student.name} is trained already, in {folder}")
     return result
+
+
+def require_possible(recipe: Recipe, student: StudentConfig, manifest: Manifest, sources: Sources) -> None:
+    """Raises StudentError, TokenizerMismatch or RecipeError for a student that its process would refuse, as far as
+    configs and tokenizers tell: said before the teacher has worked for it."""
+    from stillroom.pipeline.student.model import check_student
+
+    if (student_folder(recipe, student) / RESULT).exists():
+        return
+    student_window(student, manifest.meta.window)
+    check_student(
+        student.model,
+        teacher=sources.teacher_folder if student.model.cut is not None else None,
+        tokenizer=sources.tokenizer,
+        expected_tokenizer=manifest.meta.tokenizer,
+        vocabulary=manifest.meta.vocabulary,
+    )
 
 
 def require_untouched(recipe: Recipe, student: StudentConfig, manifest: Manifest) -> None:
@@ -187,7 +203,8 @@ def _run(command: list[str], name: str) -> None:
         signal.signal(signal.SIGTERM, previous)
         with os.fdopen(reading, encoding="utf-8") as pipe:
             told = pipe.read()
-    if code == INTERRUPTED:
+    # By the signal itself where a further Ctrl-C came while the process was already leaving.
+    if code in (INTERRUPTED, -signal.SIGINT, -signal.SIGTERM):
         raise KeyboardInterrupt
     if told:
         raise _error(told, name)

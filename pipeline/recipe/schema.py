@@ -36,7 +36,8 @@ class TeacherConfig(_Section):
     """The model whose logits are kept, and how it is run. Model and dtype are part of the store's identity."""
 
     model: str = Field(min_length=1)
-    """A folder that holds a model and its tokenizer, or a Hugging Face id."""
+    """A folder that holds a model and its tokenizer, a Hugging Face id, a .gguf file, or `package:NAME` for an
+    installed package that ships one."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Of the forward pass. bfloat16 moves logits by up to 0.8 with the shape of a batch, float32 by nothing that
     counts; a CPU without bfloat16 instructions is slower in it."""
@@ -76,7 +77,7 @@ class StoreConfig(_Section):
     """Where the teacher's signal is kept, and in what portions."""
 
     path: str = ""
-    """A folder or a bucket prefix (`s3://…`). Empty: `store` in the run's folder. Several recipes may share one store
+    """A folder. Empty: `store` in the run's folder. Several recipes may share one store
     if their teacher and signal are the same."""
     unit_tokens: int = Field(default=16384, ge=1)
     """Tokens of a work unit, which becomes one shard: the portion that is retried and committed as a whole."""

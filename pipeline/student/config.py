@@ -229,6 +229,16 @@ def _one_line(error: ValidationError) -> str:
     return "; ".join(faults)
 
 
+def student_window(config: StudentConfig, manifest_window: int) -> int:
+    """Tokens per pack. Raises RecipeError if more are asked for than the manifest's window has."""
+    if config.window is not None and config.window > manifest_window:
+        raise RecipeError(
+            f"student {config.name}: window is {config.window}, the corpus was cut at {manifest_window}: "
+            f"set it to at most {manifest_window}"
+        )
+    return config.window or manifest_window
+
+
 def advice(config: StudentConfig) -> list[str]:
     """Notices for values that are allowed and unusual: the chapter's ranges (§2.3, §7.1), and what was measured.
 

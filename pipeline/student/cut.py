@@ -113,14 +113,19 @@ def _files(folder: Path) -> Iterator[tuple[Path, Iterable[str]]]:
         yield path, names
 
 
-def build_cut(folder: Path, wanted: int | list[int]) -> tuple[Any, Any, dict[str, Tensor]]:
-    """(model class, config, tensors) of the student, ready for `from_pretrained(None, …)`."""
-    teacher = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+def layers_of(teacher: Any, folder: Path, wanted: int | list[int]) -> list[int]:
+    """`choose_layers` for a teacher's config. Raises StudentError, also if the config does not count its layers."""
     if not isinstance(getattr(teacher, "num_hidden_layers", None), int):
         raise StudentError(
             f"the config in {folder} ({teacher.model_type}) does not state num_hidden_layers; it cannot be cut"
         )
-    layers = choose_layers(wanted, teacher.num_hidden_layers)
+    return choose_layers(wanted, teacher.num_hidden_layers)
+
+
+def build_cut(folder: Path, wanted: int | list[int]) -> tuple[Any, Any, dict[str, Tensor]]:
+    """(model class, config, tensors) of the student, ready for `from_pretrained(None, …)`."""
+    teacher = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    layers = layers_of(teacher, folder, wanted)
     config = cut_config(teacher, layers)
     tensors = cut_tensors(folder, layers, layer_list_name(config))
     with torch.device("meta"):

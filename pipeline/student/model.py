@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from stillroom.pipeline.student.config import ModelConfig
-from stillroom.pipeline.student.cut import build_cut
+from stillroom.pipeline.student.cut import build_cut, layers_of
 from stillroom.storage.errors import StudentError, TokenizerMismatch
 from stillroom.storage.identity import tokenizer_digest
 
@@ -48,6 +48,25 @@ def check_vocabulary(config: Any, *, source: str | Path, vocabulary: int) -> Non
         )
 
 
+def check_student(
+    model: ModelConfig, *, teacher: Path | None, tokenizer: Any, expected_tokenizer: str, vocabulary: int
+) -> None:
+    """What can be known of a student without its weights, so that a recipe is refused before its teacher has worked.
+
+    Raises StudentError for a model or layers that are not there, TokenizerMismatch.
+    """
+    source = teacher if model.cut is not None else model.from_
+    assert source is not None
+    config = _load_config(source)
+    if model.cut is not None:
+        layers_of(config, Path(source), model.cut.layers)
+    else:
+        tokenizer = load_tokenizer(source)
+    # The tokenizer first: with another one, the vocabulary's size differs as well, and says less.
+    check_tokenizer(tokenizer, source=source, expected=expected_tokenizer)
+    check_vocabulary(config, source=source, vocabulary=vocabulary)
+
+
 def build_student(
     model: ModelConfig, *, teacher: Path | None, tokenizer: Any, expected_tokenizer: str, vocabulary: int
 ) -> Any:
@@ -55,12 +74,12 @@ def build_student(
 
     tokenizer: the store's, which a cut shares. Raises StudentError, TokenizerMismatch.
     """
+    check_student(
+        model, teacher=teacher, tokenizer=tokenizer, expected_tokenizer=expected_tokenizer, vocabulary=vocabulary
+    )
     if model.cut is not None:
         assert teacher is not None
         source: str | Path = teacher
-        config = _load_config(teacher)
-        check_tokenizer(tokenizer, source=teacher, expected=expected_tokenizer)
-        check_vocabulary(config, source=teacher, vocabulary=vocabulary)
         model_class, config, tensors = build_cut(teacher, model.cut.layers)
         student, info = model_class.from_pretrained(
             None, config=config, state_dict=tensors, dtype=torch.float32, output_loading_info=True
@@ -70,10 +89,6 @@ def build_student(
     else:
         assert model.from_ is not None
         source = model.from_
-        config = _load_config(source)
-        # The tokenizer first: with another one, the vocabulary's size differs as well, and says less.
-        check_tokenizer(load_tokenizer(source), source=source, expected=expected_tokenizer)
-        check_vocabulary(config, source=source, vocabulary=vocabulary)
         student, info = _load(source)
     _require_complete(info, source)
     return own_memory(student)

@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 from stillroom.pipeline.student import checkpoint, rng
 from stillroom.pipeline.student.bindings import Bindings, bindings_of
 from stillroom.pipeline.student.checkpoint import Progress
-from stillroom.pipeline.student.config import StudentConfig, StudentJob, advice
+from stillroom.pipeline.student.config import StudentConfig, StudentJob, advice, student_window
 from stillroom.pipeline.student.evaluate import evaluate
 from stillroom.pipeline.student.export import export_model, write_result
 from stillroom.pipeline.student.forward import check_selection
@@ -26,7 +26,7 @@ from stillroom.pipeline.student.packing import check_packing
 from stillroom.pipeline.student.runlog import RunLog
 from stillroom.pipeline.student.signals import Stop, stopping
 from stillroom.pipeline.student.trainer import StepResult, Trainer
-from stillroom.storage.errors import RecipeError, StudentError
+from stillroom.storage.errors import StudentError
 from stillroom.storage.manifest import Manifest
 from stillroom.storage.records import Pack
 from stillroom.storage.snapshot import Snapshot
@@ -196,16 +196,6 @@ class Session:
         }
         write_result(self.job.run_dir, result)
         return result
-
-
-def student_window(config: StudentConfig, manifest_window: int) -> int:
-    """Tokens per pack. Raises RecipeError if more are asked for than the manifest's window has."""
-    if config.window is not None and config.window > manifest_window:
-        raise RecipeError(
-            f"student {config.name}: window is {config.window}, the corpus was cut at {manifest_window}: "
-            f"set it to at most {manifest_window}"
-        )
-    return config.window or manifest_window
 
 
 def choose_device(choice: str) -> torch.device:

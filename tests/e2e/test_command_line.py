@@ -14,6 +14,7 @@ from stillroom.pipeline.plan import make_plan
 from stillroom.pipeline.sources import Sources
 from stillroom.storage.store import open_store
 from tests.e2e.runs import Setup, distil, sentences, write_corpus
+from tests.tiny import tiny_teacher
 
 DOCUMENTS = sentences(31, 20)
 QUICK: dict[str, Any] = {"students__0__steps": 2, "students__0__warmup_steps": 0}
@@ -182,3 +183,21 @@ def test_hard_labels_alone_need_neither_teaching_nor_a_store(fresh: Setup, say: 
     again = say("train", fresh, "students.0.losses.alpha=0")
     assert again.code == 0, again.err
     assert "trained already" in again.err
+
+
+@pytest.mark.parametrize(
+    ("word", "code", "said"),
+    [
+        ("students.0.model.cut.layers=99", 1, ("99 layers", "the teacher has 2")),
+        ("students.0.window=4000", 2, ("4000", "set it to at most 32")),
+        ("students.0.model={from: OTHER}", 1, ("digest", "sequence-level distillation")),
+    ],
+)
+def test_a_student_that_cannot_be_is_refused_before_the_teacher_works(
+    tmp_path: Path, say: Any, word: str, code: int, said: tuple[str, ...]
+) -> None:
+    setup = Setup.make(tmp_path, DOCUMENTS, **QUICK)
+    tiny_teacher(tmp_path / "other", vocabulary=300)
+    say("run", setup, word.replace("OTHER", str(tmp_path / "other"))).refused(code, *said)
+    assert not (tmp_path / "store" / "shards").exists()
+    assert not (tmp_path / "run" / "ledger.jsonl").exists()

@@ -66,6 +66,19 @@ def finishes_as_if_undisturbed(setup: Setup, undisturbed: Setup, before: dict[st
     assert scored - ledger_before == len(after) - len(before)
 
 
+def stop_at(
+    moment: Callable[[], bool], what: str, setup: Setup, stop: Callable[["subprocess.Popen[str]"], None]
+) -> None:
+    """Run the recipe and stop it at that moment; nothing of it is left running, whatever fails."""
+    process = setup.start()
+    try:
+        wait_for(moment, process, what)
+        stop(process)
+    finally:
+        if process.poll() is None:
+            kill_group(process)
+
+
 def interrupt(process: "subprocess.Popen[str]") -> None:
     """Ctrl-C: the terminal signals the whole group."""
     os.killpg(process.pid, signal.SIGINT)
@@ -125,13 +138,7 @@ def test_stopped_while_teaching(
     tmp_path: Path, undisturbed: Setup, stop: Callable[["subprocess.Popen[str]"], None]
 ) -> None:
     setup = Setup.make(tmp_path, DOCUMENTS, **OVER)
-    process = setup.start()
-    try:
-        wait_for(in_mid_teaching(setup), process, "the first commit")
-        stop(process)
-    finally:
-        if process.poll() is None:
-            kill_group(process)
+    stop_at(in_mid_teaching(setup), "the first commit", setup, stop)
     before = committed(setup)
     if stop is not kill_actor:
         assert 0 < len(before) < total_units(setup), "the stop came after the teaching: make it longer"
@@ -161,13 +168,7 @@ def test_stopped_while_training(
     tmp_path: Path, undisturbed: Setup, stop: Callable[["subprocess.Popen[str]"], None]
 ) -> None:
     setup = Setup.make(tmp_path, DOCUMENTS, **OVER)
-    process = setup.start()
-    try:
-        wait_for(in_mid_training(setup), process, "the tenth step")
-        stop(process)
-    finally:
-        if process.poll() is None:
-            kill_group(process)
+    stop_at(in_mid_training(setup), "the tenth step", setup, stop)
     assert 0 < len(setup.losses()) < len(undisturbed.losses()), "the stop came after the training: make it longer"
     finishes_as_if_undisturbed(setup, undisturbed, committed(setup))
 
