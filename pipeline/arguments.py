@@ -7,7 +7,7 @@ from typing import NoReturn
 
 EPILOG = """\
 exit codes: 0 fine, 1 a problem was found, 2 bad usage or recipe, 130 interrupted
-a recipe's values can be overridden:  stillroom run recipe.yaml signal.k=32 students.0.seed=1"""
+a recipe's values can be overridden:  stillroom run recipe.yaml signal.topk.k=32 students.0.seed=1"""
 
 #: Commands that read a recipe and `key=value` words.
 RECIPE_COMMANDS = {
@@ -38,13 +38,21 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser = _build()
     _suggest_command(words)
     arguments, rest = parser.parse_known_args(words)
-    stray = [word for word in rest if word.startswith("-") or not hasattr(arguments, "overrides")]
+    more = arguments.command in RECIPE_COMMANDS or arguments.command == "transcode"
+    stray = [word for word in rest if word.startswith("-") or not more]
     if stray:
         raise UsageMistake(f"unrecognized argument {stray[0]} (see stillroom {arguments.command} --help)")
-    if rest:
+    if arguments.command in RECIPE_COMMANDS:
         arguments.overrides = [*arguments.overrides, *rest]
+    elif rest:
+        stores = [*arguments.sources, arguments.destination, *rest]
+        arguments.sources, arguments.destination = stores[:-1], stores[-1]
     if arguments.command == "inspect" and arguments.tokens and arguments.unit is None:
         raise UsageMistake("--tokens needs --unit ID (`stillroom inspect STORE` shows some)")
+    if arguments.command == "inspect" and arguments.sql and arguments.unit is not None:
+        raise UsageMistake("--sql is of the whole store: leave out --unit")
+    if arguments.command == "verify" and arguments.teacher and not arguments.rescore:
+        raise UsageMistake("--teacher needs --rescore N")
     if arguments.command == "init" and not arguments.reference and arguments.corpus is None:
         raise UsageMistake("init needs MODEL and CORPUS (see stillroom init --help)")
     return arguments
@@ -80,14 +88,85 @@ def _build() -> argparse.ArgumentParser:
         command.add_argument("recipe", metavar="RECIPE", help="a recipe file (YAML)")
         command.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="values to override")
     ls = add("ls", "list the stores under a folder")
-    ls.add_argument("root", metavar="ROOT", nargs="?", default=".", help="where to look (the current folder)")
+    ls.add_argument("root", metavar="ROOT", nargs="?", default=".", help="a folder or s3://bucket/prefix (%(default)s)")
     inspect = add("inspect", "say what a store holds")
     inspect.add_argument("store", metavar="STORE", help="a store's folder")
     inspect.add_argument("--unit", metavar="ID", help="one unit of it")
     inspect.add_argument("--tokens", action="store_true", help="with --unit: its tokens, and what the teacher kept")
+    inspect.add_argument("--sql", action="store_true", help="print statements for DuckDB that make views of its shards")
     verify = add("verify", "read every shard and compare it with what was committed")
-    verify.add_argument("store", metavar="STORE", help="a store's folder")
+    _add_verify(verify)
+    _add_gc(add("gc", "remove leftovers of stopped writers, and dropped shards that no pinned student needs"))
+    _add_transcode(add("transcode", "make a smaller or merged store without the teacher"))
     return parser
+
+
+def _add_verify(verify: argparse.ArgumentParser) -> None:
+    verify.add_argument("store", metavar="STORE", help="a store's folder")
+    verify.add_argument("--repair", action="store_true",
+                        help="drop what is broken from the log: `stillroom teach` scores it again")  # fmt: skip
+    verify.add_argument("--rescore", type=_count, metavar="N", help="also score N units again, and compare")
+    verify.add_argument("--teacher", metavar="MODEL", help="with --rescore: where the teacher is now")
+
+
+def _add_gc(gc: argparse.ArgumentParser) -> None:
+    gc.add_argument("store", metavar="STORE", help="a store's folder")
+    gc.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    gc.add_argument("--older-than", type=_duration_s, default=3600.0, metavar="TIME",
+                    help="spare what has changed since: 30s, 15m, 1h (the default), 2d")  # fmt: skip
+
+
+def _count(word: str) -> int:
+    if not word.isdigit() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"{word!r} is no number of 1 and more")
+    return int(word)
+
+
+def _duration_s(word: str) -> float:
+    seconds = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+    if not word[:-1].isdigit() or word[-1] not in seconds:
+        raise argparse.ArgumentTypeError(f"{word!r} is no time such as 30s, 15m, 1h or 2d")
+    return float(word[:-1]) * seconds[word[-1]]
+
+
+def _add_transcode(transcode: argparse.ArgumentParser) -> None:
+    transcode.add_argument("sources", metavar="SRC", nargs="+", help="stores of one identity; they are only read")
+    transcode.add_argument("destination", metavar="DST", help="the folder of the result; one that is there grows")
+    transcode.add_argument("--k", type=int, metavar="N", help="kept ids per position, at most as many as now")
+    transcode.add_argument("--gap-step", type=_nats, default="same", metavar="NATS",
+                           help="rounding of the logits, 1/4 or 0.25; not finer than now; none: float32")  # fmt: skip
+    transcode.add_argument("--layout", choices=("plain", "packed"), help="plain columns, or the smallest size")
+    transcode.add_argument("--nucleus", type=_mass_at, metavar="MASS[@T]",
+                           help="keep fewer ids where fewer hold this share of the probability at T (1)")  # fmt: skip
+    parts = transcode.add_mutually_exclusive_group()
+    parts.add_argument("--only", type=_names, metavar="PART,...", help="parts to keep, of topk, sampled and hidden")
+    parts.add_argument("--drop", type=_names, default=(), metavar="PART,...", help="parts to leave out")
+    wanted = transcode.add_mutually_exclusive_group()
+    wanted.add_argument("--sequences", metavar="FILE", help="digests, one a line, or a corpus manifest (.parquet)")
+    wanted.add_argument("--limit-tokens", type=int, metavar="N", help="at most so many tokens, a fixed random part")
+    transcode.add_argument("--unit-tokens", type=int, metavar="N", help="cut units anew, at this size")
+
+
+def _nats(word: str) -> float | str | None:
+    if word in ("same", "none"):
+        return None if word == "none" else word
+    above, slash, below = word.partition("/")
+    try:
+        return float(above) / float(below) if slash else float(word)
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(f"{word!r} is no number of nats such as 1/4, and not none") from None
+
+
+def _mass_at(word: str) -> tuple[float, float]:
+    mass, _, temperature = word.partition("@")
+    try:
+        return float(mass), float(temperature or 1)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{word!r} is not MASS or MASS@T, such as 0.9 or 0.9@2") from None
+
+
+def _names(word: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in word.split(",") if name.strip())
 
 
 def _common() -> _Parser:
@@ -109,7 +188,7 @@ class _Version(argparse.Action):
 
 
 def _suggest_command(words: Sequence[str]) -> None:
-    known = ["init", *RECIPE_COMMANDS, "ls", "inspect", "verify"]
+    known = ["init", *RECIPE_COMMANDS, "ls", "inspect", "verify", "gc", "transcode"]
     first = next(iter(words), None)
     if first is None:
         raise UsageMistake(f"no command; expected one of {', '.join(known)} (see stillroom --help)")

@@ -17,6 +17,8 @@ from stillroom.pipeline.console import Console
 
 Result = dict[str, Any]
 INTERRUPTED = 130
+#: Removed files shown by name.
+_SHOWN_REMOVED = 40
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -109,20 +111,24 @@ def _init(arguments: Namespace, console: Console) -> tuple[Result, int]:
 
 
 def _ls(arguments: Namespace, console: Console) -> tuple[Result, int]:
-    from stillroom.storage.query import list_stores
+    from stillroom.storage.catalog import list_stores, problem_rows, reuse_rows, table_rows
 
     stores = list_stores(arguments.root)
     if not stores:
         console.info(f"no store under {arguments.root}")
-    if not arguments.json:  # what fits a terminal; --json has it all
-        columns = ("store", "identity", "teacher", "tokens", "bytes", "bytes_per_token", "error")
-        stores = [{key: store[key] for key in columns if key in store} for store in stores]
-    return {"stores": stores}, 0
+    if arguments.json:
+        return {"stores": stores}, 0
+    # what fits a terminal; --json has it all
+    tables = {"stores": table_rows, "reuse": reuse_rows, "problems": problem_rows}
+    shown = {name: make(stores, arguments.root) for name, make in tables.items()}
+    return {name: rows for name, rows in shown.items() if rows}, 0
 
 
 def _inspect(arguments: Namespace, console: Console) -> tuple[Result, int]:
     from stillroom.storage.query import inspect_store
 
+    if arguments.sql:
+        return _views(arguments), 0
     result = inspect_store(arguments.store, unit=arguments.unit)
     if not arguments.tokens:
         for sequence in result.get("sequences", []) if arguments.unit else []:
@@ -130,16 +136,89 @@ def _inspect(arguments: Namespace, console: Console) -> tuple[Result, int]:
     return result, 0
 
 
+def _views(arguments: Namespace) -> Result:
+    from stillroom.storage.store import open_store
+    from stillroom.storage.views import views_sql
+
+    statements = views_sql(open_store(arguments.store))
+    if arguments.json:
+        return {"sql": statements}
+    print(statements, end="")
+    return {}
+
+
 def _verify(arguments: Namespace, console: Console) -> tuple[Result, int]:
+    from stillroom.pipeline.process import terminable
+    from stillroom.storage.repair import repair_store
     from stillroom.storage.verify import verify_store
 
-    with console.progress(None, "shards", label="verify") as progress:
-        result = verify_store(arguments.store, progress.update)
-    return result, 1 if result["problems"] else 0
+    check = repair_store if arguments.repair else verify_store
+    with terminable(), console.progress(None, "shards", label="verify") as progress:
+        result = check(arguments.store, progress.update)
+    if arguments.rescore:
+        _rescore(arguments, console, result)
+    return result, 1 if any(not problem.get("repaired") for problem in result["problems"]) else 0
+
+
+def _rescore(arguments: Namespace, console: Console, result: Result) -> None:
+    """Add to a report of `verify` what the teacher says; of shards that it found whole."""
+    from stillroom.pipeline.process import terminable
+    from stillroom.pipeline.rescore import rescore_store
+
+    skip = {problem["shard"] for problem in result["problems"] if "shard" in problem}
+    with terminable(), console.progress(None, "units", label="rescore") as progress:
+        found = rescore_store(
+            arguments.store,
+            arguments.rescore,
+            teacher=arguments.teacher,
+            skip=skip,
+            drop=arguments.repair,
+            progress=progress.update,
+        )
+    result["problems"] += found["problems"]
+    result["rescored"] = found["rescored"]
+
+
+def _gc(arguments: Namespace, console: Console) -> tuple[Result, int]:
+    from stillroom.pipeline.process import terminable
+    from stillroom.storage.gc import collect_garbage
+
+    with terminable():
+        result = collect_garbage(arguments.store, older_than_s=arguments.older_than, dry_run=arguments.dry_run)
+    if not arguments.json:  # what fits a terminal; --json has it all
+        result["removed"] = result["removed"][:_SHOWN_REMOVED]
+    return result, 0
+
+
+def _transcode(arguments: Namespace, console: Console) -> tuple[Result, int]:
+    from stillroom.pipeline.process import terminable
+    from stillroom.storage.records import NucleusSpec
+    from stillroom.storage.surgery import Changes
+    from stillroom.storage.transcode import transcode
+    from stillroom.storage.transcode_plan import read_sequences
+
+    nucleus = NucleusSpec(*arguments.nucleus) if arguments.nucleus else None
+    changes = Changes(arguments.k, arguments.gap_step, arguments.layout, nucleus, arguments.only, arguments.drop)
+    wanted = read_sequences(Path(arguments.sequences)) if arguments.sequences else None
+    with terminable(), console.progress(None, "tokens", label="transcode") as progress:
+        result = transcode(
+            arguments.sources,
+            arguments.destination,
+            changes,
+            sequences=wanted,
+            limit_tokens=arguments.limit_tokens,
+            unit_tokens=arguments.unit_tokens,
+            progress=progress.update,
+        )
+    if result["sequences_missing"]:
+        console.notice(
+            f"{result['sequences_missing']:,} of the sequences named are in no source, and not in the result"
+        )
+    return result, 0
 
 
 _OTHERS: dict[str, Callable[[Namespace, Console], tuple[Result, int]]] = {
-    "init": _init, "ls": _ls, "inspect": _inspect, "verify": _verify,
+    "init": _init, "ls": _ls, "inspect": _inspect, "verify": _verify, "gc": _gc, "transcode": _transcode,
 }  # fmt: skip
 
 

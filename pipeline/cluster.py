@@ -21,7 +21,8 @@ from ray.exceptions import RayError, RayTaskError
 from stillroom.pipeline.process import uninterrupted
 from stillroom.pipeline.recipe.schema import RayConfig
 from stillroom.storage.errors import StillroomError, TeacherError
-from stillroom.storage.records import Receipt, Unit
+from stillroom.storage.records import Receipt, Sequence, Unit
+from stillroom.workers.teacher import TruthRequest
 
 #: Actors that take longer to be ready are worth a word.
 PATIENCE_S = 60.0
@@ -87,6 +88,20 @@ def _require_resources(config: RayConfig) -> None:
             )
 
 
+#: What an actor's `score_unit` takes: the unit, its sequences, and which positions to keep in full.
+Work = tuple[Unit, list[Sequence], TruthRequest]
+
+
+def ask(actor: Any, method: str, *arguments: Any) -> Any:
+    """One actor's answer to one call; the actor is ended. Raises what it raised on purpose, TeacherError else."""
+    try:
+        return ray.get(getattr(actor, method).remote(*arguments))
+    except RayError as error:
+        raise _cause(error) from error
+    finally:
+        ray.kill(actor, no_restart=True)
+
+
 class Pool:
     """Actors and the units they hold. A unit whose actor dies is handed out again, `retries` times.
 
@@ -97,7 +112,7 @@ class Pool:
         self._make = make
         self._config = config
         self._actors: list[Any] = []
-        self._held: dict[Any, tuple[int, Any, Unit, Any]] = {}
+        self._held: dict[Any, tuple[int, Any, Work]] = {}
         self._failures: dict[str, int] = {}
 
     def start(self, on_wait: Callable[[str], None]) -> list[dict[str, Any]]:
@@ -118,13 +133,13 @@ class Pool:
         except RayError as error:
             raise _cause(error) from error
 
-    def run(self, units: Iterator[tuple[Unit, Any]], on_retry: Callable[[str], None]) -> Iterator[Receipt | None]:
+    def run(self, units: Iterator[Work], on_retry: Callable[[str], None]) -> Iterator[Receipt | None]:
         """Receipts in the order in which they come; None about once a second while nothing does.
 
-        units: what to score, each with the payload for its actor; drawn only when an actor is free to take it.
+        units: what to score; drawn only when an actor is free to take it.
         Raises what an actor raised on purpose, and TeacherError for a unit that failed `retries` times more.
         """
-        waiting: deque[tuple[Unit, Any]] = deque()
+        waiting: deque[Work] = deque()
         load = [0] * len(self._actors)
         more = True
         while True:
@@ -137,7 +152,7 @@ class Pool:
                     more = False
                     break
                 actor = self._actors[slot]
-                self._held[actor.score_unit.remote(*work)] = (slot, actor, *work)
+                self._held[actor.score_unit.remote(*work)] = (slot, actor, work)
                 load[slot] += 1
             if not self._held:
                 return
@@ -145,15 +160,15 @@ class Pool:
             if not done:
                 yield None
             for reference in done:
-                slot, actor, unit, payload = self._held.pop(reference)
+                slot, actor, work = self._held.pop(reference)
                 load[slot] -= 1
-                receipt = self._receipt(reference, unit, on_retry)
+                receipt = self._receipt(reference, work[0], on_retry)
                 if receipt is None and self._actors[slot] is actor:
                     # The dead actor's other unit comes back through an error of its own, and finds a new one here.
                     ray.kill(actor, no_restart=True)  # it may be out of reach, and hold its device
                     self._actors[slot] = self._make()
                 if receipt is None:
-                    waiting.append((unit, payload))
+                    waiting.append(work)
                 else:
                     yield receipt
 

@@ -1,25 +1,36 @@
-"""A pilot: score a few sequences of the plan in this process, to know what the rest will cost.
+"""A pilot: score a few sequences of the plan in this process, to know what the rest will cost and what would be kept.
 
-Enters: a recipe and a plan. Leaves: bytes and hours for what is pending, against the free disk. Costs: loading the
-teacher once and scoring `PILOT_TOKENS` tokens; nothing is committed.
+Enters: a recipe and a plan. Leaves: bytes and hours for what is pending, and a table of what a store of this teacher
+could keep: bytes per token and fidelity by tier, k and temperature, with the cheapest that serves the recipe's
+students. Costs: loading the teacher once, scoring `PILOT_TOKENS` tokens, and encoding them once per choice; nothing is
+committed.
 """
 
-import tempfile
 import time
-from pathlib import Path
+from collections.abc import Sequence as Seq
 from typing import Any
 
+import numpy as np
+
 from stillroom.pipeline.console import Console
+from stillroom.pipeline.options import Option, Pilot, candidates, cheapest, most, price, unit_of
 from stillroom.pipeline.plan import Plan
 from stillroom.pipeline.recipe.schema import Recipe
 from stillroom.pipeline.sources import Sources
-from stillroom.storage.files import LocalFiles, open_files
+from stillroom.storage.bound import Bound
+from stillroom.storage.calibration import Calibration, head_path
+from stillroom.storage.errors import TeacherError
+from stillroom.storage.fidelity import TEMPERATURES
+from stillroom.storage.files import open_files, sha256_hex
 from stillroom.storage.manifest import Manifest
-from stillroom.storage.records import Sequence, Unit
-from stillroom.storage.shard import write_shard
+from stillroom.storage.records import Sequence, Signal
+from stillroom.storage.sample import choose
 
 #: Enough for bytes per token to 3 % (real teacher, k = 64), and some seconds of a small teacher on a CPU.
 PILOT_TOKENS = 2048
+
+#: Positions whose truth a pilot keeps: means of angles to about a tenth of themselves.
+PILOT_POSITIONS = 64
 
 
 def estimate(recipe: Recipe, plan: Plan, manifest: Manifest, sources: Sources, console: Console) -> dict[str, Any]:
@@ -30,28 +41,111 @@ def estimate(recipe: Recipe, plan: Plan, manifest: Manifest, sources: Sources, c
     tokens = sum(len(s.input_ids) for s in sequences)
     console.info(f"plan: a pilot of {tokens:,} tokens")
     teacher = TorchTeacher(sources.teacher_spec())
-    teacher.score(sequences[:1], k=recipe.signal.k)  # the first pass pays for what the others do not
-    start = time.monotonic()
-    blocks = teacher.score(sequences, k=recipe.signal.k)
-    seconds = time.monotonic() - start
-    teacher.release()
-    unit = Unit(
-        tuple(s.digest for s in sequences),
-        tuple(len(s.input_ids) for s in sequences),
-        tuple(s.context for s in sequences),
+    identity = sources.identity()
+    wanted = sorted({s.losses.temperature for s in recipe.students if s.losses.alpha > 0}) or [1.0]
+    temperatures = sorted({*TEMPERATURES, *wanted})
+    head = _head(teacher, console)
+    specs = candidates(
+        identity.signal, vocabulary=identity.vocabulary, width=teacher.hidden_width, hidden=head is not None
     )
-    with tempfile.TemporaryDirectory() as folder:
-        shard = write_shard(LocalFiles(Path(folder)), sources.identity(), unit, sequences, blocks, {})
-    total = round(shard.size_bytes / tokens * plan.pending_tokens)
+    teacher.score(sequences[:1], signal=identity.signal)  # the first pass pays for what the others do not
+    start = time.monotonic()
+    teacher.score(sequences, signal=identity.signal)
+    seconds = time.monotonic() - start
+    positions = choose([unit_of(sequences)], wanted=PILOT_POSITIONS)
+    signal = most(specs, vocabulary=identity.vocabulary)
+    scored = teacher.score_with_truth(sequences, signal=signal, positions=positions)
+    teacher.release()
+    kept = (head_path(sha256_hex(head[0])), head[0]) if head else None
+    calibrations = _calibrations(head[1], scored.signals) if head else {}
+    pilot = Pilot(identity, sequences, scored.signals, scored.truth, positions, kept, calibrations)
+    with console.progress(len(specs), "choices", label="plan") as progress:
+        options = []
+        for spec in specs:
+            options.append(price(pilot, spec, temperatures))
+            progress.advance(1)
+    total = round(options[0].bytes_per_token * plan.pending_tokens)
     free = open_files(recipe.store.path).free_bytes()
+    hours = plan.pending_tokens / (tokens / seconds) / recipe.ray.actors / 3600
+    bound = Bound(recipe.fidelity.max_gradient_angle_deg, recipe.fidelity.max_kl_added)
+    best = cheapest(options, bound, wanted)
     return {
         "pilot_tokens": tokens,
-        "bytes_per_token": round(shard.size_bytes / tokens, 1),
+        "bytes_per_token": round(options[0].bytes_per_token, 1),
         "tokens_per_s_per_actor": round(tokens / seconds, 1),
         "bytes": total,
-        "hours": round(plan.pending_tokens / (tokens / seconds) / recipe.ray.actors / 3600, 4),
+        "hours": round(hours, 4),
         "fits": free is None or total * recipe.store.safety + recipe.store.min_free_bytes <= free,
+        "head_bytes": len(head[0]) if head else None,
+        "student_temperatures": ", ".join(f"{t:g}" for t in wanted),
+        "recipe_keeps": options[0].spec.in_words(),
+        "recipe_misses": "; ".join(options[0].misses(bound, wanted)) or "nothing",
+        "cheapest": best.spec.in_words() if best else None,
+        "cheapest_bytes_per_token": round(best.bytes_per_token, 1) if best else None,
+        "options": [line for option in options for line in _lines(option, plan.pending_tokens, hours)],
+        "also": _also(sources, teacher.hidden_width, options, plan.pending_tokens, recipe.corpus.window),
     }
+
+
+def _lines(option: Option, tokens: int, hours: float) -> list[dict[str, Any]]:
+    """One line per temperature."""
+    return [
+        {
+            "keeps": option.spec.in_words(),
+            "temperature": row.temperature,
+            "retained_mass": round(row.retained_mass, 4),
+            "kl_added": None if row.kl_added_nats is None else float(f"{row.kl_added_nats:.2g}"),
+            "gradient_angle_deg": round(row.gradient_angle_deg, 2),
+            "gradient_norm_ratio": round(row.gradient_norm_ratio, 3),
+            "bytes_per_token": round(option.bytes_per_token, 1),
+            "corpus_bytes": round(option.bytes_per_token * tokens),
+            "teacher_hours": round(hours, 4),
+        }
+        for row in option.rows
+    ]
+
+
+def _also(sources: Sources, width: int, options: Seq[Option], tokens: int, window: int) -> list[dict[str, Any]]:
+    """What could be kept beside the output: priced from the final hidden state's measured bytes per channel, attention
+    maps at one byte for each earlier position of a full window. Not written by this release."""
+    from stillroom.workers.digests import layers_and_heads
+
+    layers, heads = layers_and_heads(sources.teacher_folder)
+    by_dtype = {o.spec.hidden.dtype: o for o in options if o.spec.hidden and o.spec.topk}
+    if "int16" not in by_dtype:
+        return []
+    beside = next(o for o in options if o.spec.topk == by_dtype["int16"].spec.topk and not o.spec.hidden)
+    hidden = by_dtype["int16"].bytes_per_token - beside.bytes_per_token
+    average = (window + 1) / 2
+    rows = [
+        ("one hidden layer, int16", hidden),
+        (f"every fourth of {layers} hidden layers, int16", hidden * -(-layers // 4)),
+        (f"all {layers} hidden layers, int16", hidden * layers),
+        ("one layer's attention, mean of heads, 1 byte", average),
+        (f"one layer's attention, {heads} heads, 1 byte", average * heads),
+    ]
+    return [
+        {"keeps": name, "bytes_per_token": round(size, 1), "corpus_bytes": round(size * tokens)} for name, size in rows
+    ]
+
+
+def _head(teacher: Any, console: Console) -> tuple[bytes, Any] | None:
+    """The output head as bytes and as it is, or None where this architecture has none that can be stored."""
+    from stillroom.workers.head import head_bytes
+
+    try:
+        head = teacher.output_head()
+    except TeacherError as error:
+        console.notice(f"plan: {error}")
+        return None
+    return head_bytes(head), head
+
+
+def _calibrations(head: Any, signals: Seq[Signal]) -> dict[str, Calibration]:
+    from stillroom.workers.head import calibrate, steps_of
+
+    hidden = np.concatenate([s.hidden for s in signals if s.hidden is not None])
+    return {"int16": steps_of(head), "int8": calibrate(hidden, head.weight.float().cpu().numpy())}
 
 
 def _sample(plan: Plan, manifest: Manifest) -> list[Sequence]:

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from stillroom.pipeline.console import Console, Progress, format_bytes, format_count, format_duration
+from stillroom.pipeline.fidelity import keep_fidelity
+from stillroom.pipeline.founding import found_store
 from stillroom.pipeline.ledger import Ledger
 from stillroom.pipeline.plan import Plan, make_plan
 from stillroom.pipeline.process import uninterrupted
@@ -20,11 +22,17 @@ from stillroom.pipeline.sources import Sources
 from stillroom.storage.errors import StoreFull
 from stillroom.storage.manifest import Manifest
 from stillroom.storage.records import Receipt, Sequence, Unit
+from stillroom.storage.sample import choose
 from stillroom.storage.store import Store
+from stillroom.storage.truth import read_positions
+from stillroom.workers.teacher import TruthRequest
 
 #: A commit takes about 70 ms, so one every two seconds costs 3 % of a core and loses at most that much work.
 COMMIT_INTERVAL_S = 2.0
 COMMIT_RECEIPTS = 256
+
+#: Sequences of the fidelity sample that are scored once more, alone: 32 positions tell a noise band.
+SCORED_TWICE = 4
 
 
 @dataclass
@@ -65,7 +73,11 @@ def teach_command(recipe: Recipe, *, console: Console) -> dict[str, Any]:
     """`stillroom teach`: ingest, plan, score, commit."""
     sources = Sources(recipe, console)
     ledger = Ledger(recipe.run_dir / "ledger.jsonl")
-    return teach(recipe, sources.manifest(), sources.store(), sources, console, ledger=ledger).as_dict()
+    manifest = sources.manifest()
+    store = found_store(recipe, sources, manifest, console)
+    taught = teach(recipe, manifest, store, sources, console, ledger=ledger)
+    keep_fidelity(recipe, store, console)
+    return taught.as_dict()
 
 
 def teach(
@@ -129,7 +141,8 @@ def _score(
         batch.start()
         try:
             with console.progress(plan.pending_tokens, "tokens", label="teach") as progress:
-                _drain(pool.run(_payloads(plan, manifest), console.notice), batch, room, progress)
+                work = _payloads(plan, manifest, _truth_wanted(recipe, plan, store))
+                _drain(pool.run(work, console.notice), batch, room, progress)
         finally:
             # Also on Ctrl-C or an error: what has been scored and written is not to be scored again. A second Ctrl-C
             # waits: it would leave actors and Ray's processes behind.
@@ -149,11 +162,23 @@ def _drain(receipts: Iterator[Receipt | None], batch: "_Batch", room: "_Room", p
         batch.commit_if_due()
 
 
-def _payloads(plan: Plan, manifest: Manifest) -> Iterator[tuple[Unit, list[Sequence]]]:
+def _payloads(
+    plan: Plan, manifest: Manifest, truth: TruthRequest
+) -> Iterator[tuple[Unit, list[Sequence], TruthRequest]]:
     """Units with their token ids, read only when an actor is free: 4 bytes a token travel, nothing else."""
     for unit in plan.pending:
         rows = manifest.rows([plan.rows[s] for s in unit.sequences])
-        yield unit, [row.sequence for row in rows]
+        positions = {s: truth.positions[s] for s in unit.sequences if s in truth.positions}
+        yield unit, [row.sequence for row in rows], TruthRequest(positions, truth.alone & positions.keys())
+
+
+def _truth_wanted(recipe: Recipe, plan: Plan, store: Store) -> TruthRequest:
+    """The positions of the pending units whose logits are kept in full: what the store's sample still lacks."""
+    committed = store.committed()
+    units = [unit for unit in store.planned() if unit.id in committed]
+    held = read_positions(store.files, units, store.identity)
+    positions = choose(plan.pending, wanted=recipe.fidelity.positions, held=held)
+    return TruthRequest(positions, frozenset(sorted(positions)[: max(0, SCORED_TWICE - len(held))]))
 
 
 class _Batch:
@@ -242,5 +267,5 @@ def require_room(uri: str, need_bytes: int, free_bytes: int | None, *, recipe: R
         raise StoreFull(
             f"store {uri} needs {most if need_bytes else ''}store.min_free_bytes "
             f"{format_bytes(recipe.store.min_free_bytes)}, but {format_bytes(free_bytes)} are free: free some space, "
-            "lower signal.k, or choose another store.path"
+            "lower signal.topk.k, or choose another store.path"
         )

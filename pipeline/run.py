@@ -12,6 +12,8 @@ from typing import Any
 
 from stillroom.pipeline.console import Console, format_bytes
 from stillroom.pipeline.evaluate import evaluate
+from stillroom.pipeline.fidelity import keep_fidelity
+from stillroom.pipeline.founding import found_store
 from stillroom.pipeline.ledger import Ledger
 from stillroom.pipeline.precompute import teach
 from stillroom.pipeline.recipe import save_resolved
@@ -27,7 +29,8 @@ def run_recipe(recipe: Recipe, *, console: Console) -> dict[str, Any]:
     """Run what is not done yet; returns the summary that it writes to `summary.json`."""
     save_resolved(recipe, recipe.run_dir / "recipe.resolved.yaml")
     sources = Sources(recipe, console)
-    manifest, store = sources.manifest(), sources.store()
+    manifest = sources.manifest()
+    store = found_store(recipe, sources, manifest, console)
     ledger = Ledger(recipe.run_dir / "ledger.jsonl")
     for student in recipe.students:
         require_untouched(recipe, student, manifest)
@@ -35,9 +38,11 @@ def run_recipe(recipe: Recipe, *, console: Console) -> dict[str, Any]:
     students = []
     for student in recipe.students:
         teach(recipe, manifest, store, sources, console, ledger=ledger, on_behalf_of=student.name)
+        keep_fidelity(recipe, store, console)
         students.append(train(recipe, student, console))
     if not recipe.students:
         teach(recipe, manifest, store, sources, console, ledger=ledger, on_behalf_of="")
+        keep_fidelity(recipe, store, console)
     evaluation = evaluate(recipe, console)
     summary = summarise(recipe, store, ledger, students, evaluation)
     LocalFiles(recipe.run_dir).write("summary.json", (json.dumps(summary, indent=2) + "\n").encode())

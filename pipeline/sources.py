@@ -80,26 +80,36 @@ class Sources:
             shutil.rmtree(folder, ignore_errors=True)
             fresh.replace(folder)
 
-    def identity(self) -> Identity:
-        """What the recipe's teacher and signal make of a store, without loading the teacher."""
-        from stillroom.workers.digests import identity_parts
+    def identity(self, *, calibration: str | None = None) -> Identity:
+        """What the recipe's teacher and signal make of a store, without loading the teacher.
+
+        calibration: digest of the steps of a hidden part; a founded store has its own.
+        """
+        from stillroom.workers.digests import hidden_width, identity_parts
         from stillroom.workers.source import cache_folder
 
         text = self.tokenizer.backend_tokenizer.to_str()
         dtype = self._recipe.teacher.dtype
         parts = identity_parts(self.teacher_folder, text, dtype=dtype, cache_dir=cache_folder())
-        identity = Identity(teacher=self._recipe.teacher.model, signal=self._recipe.signal.spec(), **parts)
-        if identity.signal.k >= identity.vocabulary:  # before a store is founded on it
+        signal = self._recipe.signal.spec(width=hidden_width(self.teacher_folder), calibration=calibration)
+        identity = Identity(teacher=self._recipe.teacher.model, signal=signal, **parts)
+        if signal.topk and signal.topk.k >= identity.vocabulary:  # before a store is founded on it
             raise RecipeError(
-                f"signal.k is {identity.signal.k}, expected 1 to {identity.vocabulary - 1} (the teacher's vocabulary "
+                f"signal.topk.k is {signal.topk.k}, expected 1 to {identity.vocabulary - 1} (the teacher's vocabulary "
                 "less one)"
             )
         return identity
 
-    def store(self) -> Store:
-        """The recipe's store, founded if it is not there. Raises IdentityMismatch if another lives there."""
+    def store(self, *, calibration: str | None = None) -> Store:
+        """The recipe's store, founded if it is not there. Raises IdentityMismatch if another lives there.
+
+        calibration: what a new store's hidden part is scaled by; a founded one keeps its own.
+        """
+        if open_files(self._recipe.store.path).exists(IDENTITY):
+            held = open_store(self._recipe.store.path).identity.signal.hidden
+            calibration = held.calibration if held else None
         try:
-            return create_store(self._recipe.store.path, self.identity())
+            return create_store(self._recipe.store.path, self.identity(calibration=calibration))
         except IdentityMismatch as error:
             if open_store(self._recipe.store.path).committed():
                 raise

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from stillroom.pipeline.console import Console
+from stillroom.pipeline.fidelity import require_supported
 from stillroom.pipeline.recipe.schema import Recipe
 from stillroom.pipeline.sources import Sources
 from stillroom.pipeline.student.bindings import EXPORT, RESULT, bindings_of, finished, read_result, require_same
@@ -50,13 +51,16 @@ def student_folder(recipe: Recipe, student: StudentConfig) -> Path:
 def train(recipe: Recipe, student: StudentConfig, console: Console) -> dict[str, Any]:
     """Train one student, or find that it is trained; returns its `result.json`.
 
-    Raises StoreError if the corpus or the store is not there, StudentError if the student's process fails (it has
+    Raises StoreError if the corpus or the store is not there, UnsupportedSignal if the store does not support the
+    student's loss within the recipe's bound, StudentError if the student's process fails (it has
     said why), KeyboardInterrupt if it was interrupted.
     """
     folder = student_folder(recipe, student)
     job = job_of(recipe, student)
     result = result_of(job)
     if result is None:
+        if job.snapshot is not None:
+            require_supported(recipe, student, open_store(recipe.store.path))
         if job.teacher is not None:
             job = job.model_copy(update={"teacher": _teacher_folder(recipe)})
         path = folder / "job.json"

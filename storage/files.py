@@ -1,4 +1,4 @@
-"""Where a store's bytes lie. One seam for local folders now and object stores later.
+"""Where a store's bytes lie: one seam for local folders (here) and object stores (object_files.py).
 
 Enters: a store's URI and names relative to it. Leaves: bytes. Costs: a write is temp, fsync, rename, fsync of the
 folder; nothing is visible under its name before it is whole.
@@ -7,8 +7,11 @@ folder; nothing is visible under its name before it is whole.
 import errno
 import hashlib
 import os
+import re
 import shutil
+from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 from uuid import uuid4
@@ -16,6 +19,18 @@ from uuid import uuid4
 import pyarrow as pa
 
 from stillroom.storage.errors import StoreError, StoreFull
+
+#: The file that makes a folder a store.
+STORE_MARK = "_stillroom/identity.json"
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """name: relative to the root. modified_s: seconds since 1970, by the disk's or the server's clock."""
+
+    name: str
+    size_bytes: int
+    modified_s: float
 
 
 class Files(Protocol):
@@ -36,6 +51,15 @@ class Files(Protocol):
 
     def list(self, prefix: str) -> list[str]:
         """Names in the folder `prefix` (not below it), sorted; empty if there is no such folder."""
+
+    def walk(self) -> Iterator[FileInfo]:
+        """Every file under the root, in no order; temporary files of killed writers too."""
+
+    def delete(self, name: str) -> None:
+        """Remove `name`; nothing where there is none. Raises StoreError."""
+
+    def holders(self, tail: str) -> Iterator[str]:
+        """Folders, relative to the root ("" for itself), in which there is a file `tail`."""
 
     def free_bytes(self) -> int | None:
         """Room left, or None where nobody can tell."""
@@ -96,12 +120,34 @@ class LocalFiles:
             raise StoreError(f"cannot read {path}: {error.strerror}") from error
 
     def list(self, prefix: str) -> list[str]:
-        folder = self.root / prefix
+        folder = self.root / check_name(prefix) if prefix else self.root
         try:
             names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
         except OSError as error:
             raise StoreError(f"cannot list {folder}: {error.strerror}") from error
         return sorted(f"{prefix}/{name}" if prefix else name for name in names if not name.endswith(".tmp"))
+
+    def walk(self) -> Iterator[FileInfo]:
+        for folder, _, names in os.walk(self.root, onerror=_raise_unlistable):
+            for name in names:
+                path = Path(folder, name)
+                try:
+                    found = path.lstat()
+                except FileNotFoundError:
+                    continue  # removed since it was listed
+                yield FileInfo(path.relative_to(self.root).as_posix(), found.st_size, found.st_mtime)
+
+    def delete(self, name: str) -> None:
+        path = self.root / check_name(name)
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise StoreError(f"cannot delete {path}: {error.strerror}") from error
+
+    def holders(self, tail: str) -> Iterator[str]:
+        for found in self.root.glob(f"**/{tail}"):
+            folder = found.relative_to(self.root).as_posix().removesuffix(tail).rstrip("/")
+            yield folder
 
     def free_bytes(self) -> int | None:
         folder = self.root
@@ -127,14 +173,41 @@ def _explain(error: OSError, target: Path, size: int) -> StoreError:
     return StoreError(f"cannot write {target}: {error.strerror}")
 
 
+def _raise_unlistable(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):  # a root that is not there holds nothing
+        raise StoreError(f"cannot list {error.filename}: {error.strerror}") from error
+
+
 def open_files(uri: str) -> Files:
-    """The files of a store. Raises StoreError for a scheme that is not supported."""
+    """The files of a store: a local folder, `file://` or `s3://bucket/prefix`.
+
+    Raises StoreError for a scheme that is not supported, UsageError where the AWS variables are wrong.
+    """
     scheme, separator, rest = uri.partition("://")
     if not separator:
         return LocalFiles(Path(uri).absolute())
     if scheme == "file":
         return LocalFiles(Path(rest))
-    raise StoreError(f"store {uri}: scheme {scheme!r} is not supported, expected a local folder")
+    if scheme == "s3":
+        # pyarrow.fs takes 30 ms to import and starts threads with its first client: only for those who use it.
+        from stillroom.storage.object_files import S3Files
+
+        return S3Files(uri)
+    raise StoreError(f"store {uri}: scheme {scheme!r} is not supported, expected a local folder or s3://bucket/prefix")
+
+
+def find_stores(uri: str) -> list[str]:
+    """URIs of the stores at or below `uri`, sorted. Raises StoreError if there is no such folder or bucket."""
+    files = open_files(uri)
+    if isinstance(files, LocalFiles) and not files.root.is_dir():
+        raise StoreError(f"{uri} is no folder")
+    return sorted(f"{files.uri}/{folder}" if folder else files.uri for folder in files.holders(STORE_MARK))
+
+
+def content_digest(name: str) -> str | None:
+    """The sha256 that a name states of its own content (`…-<sha256>.<extension>`), or None."""
+    found = re.search(r"-([0-9a-f]{64})\.[a-z0-9]+$", name)
+    return found.group(1) if found else None
 
 
 def sha256_hex(data: bytes | memoryview) -> str:

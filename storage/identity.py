@@ -7,11 +7,16 @@ is kept per shard.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-from stillroom.storage.errors import IdentityMismatch
+from stillroom.storage.errors import FormatMismatch, IdentityMismatch
 from stillroom.storage.records import SignalSpec, digest128
+
+#: Of the files that this release writes in new stores. Format 1 knew the plain top-k tier alone; its stores are read,
+#: and grow in their own format.
+FORMAT_VERSION = 2
+READABLE_FORMATS = (1, 2)
 
 
 def canonical_json(value: Any) -> bytes:
@@ -34,7 +39,7 @@ def tokenizer_digest(tokenizer_json: str) -> str:
 class Identity:
     """The parts of a store's identity.
 
-    teacher: a name for people; not hashed.
+    teacher: a name for people; not hashed. format: of the store's files; not hashed, and kept for the store's life.
     weights: digest of the teacher's weight files. config: digest of its architecture.
     tokenizer: `tokenizer_digest`. vocabulary: V, the real one, padded columns of the head left out.
     dtype: of the forward pass. quantisation: of the weights, or None. signal: what is kept.
@@ -48,12 +53,17 @@ class Identity:
     dtype: str
     quantisation: str | None
     signal: SignalSpec
+    format: int = FORMAT_VERSION
 
     def parts(self) -> dict[str, Any]:
         """What is hashed, by name."""
-        parts = asdict(self)
-        del parts["teacher"]
-        return parts
+        names = ("weights", "config", "tokenizer", "vocabulary", "dtype", "quantisation")
+        return {name: getattr(self, name) for name in names} | {"signal": self._signal()}
+
+    def _signal(self) -> dict[str, Any]:
+        """Format 1 knew one tier: its k and gap_step stood for themselves."""
+        fields = self.signal.as_dict()
+        return {key: fields["topk"][key] for key in ("k", "gap_step")} if self.format == 1 else fields
 
     @property
     def id(self) -> str:
@@ -61,21 +71,34 @@ class Identity:
         return digest128(b"stillroom.identity.1", canonical_json(self.parts()))
 
     def to_json(self) -> str:
-        return json.dumps({"id": self.id, **asdict(self)}, indent=2) + "\n"
+        stated = {"id": self.id, "format": self.format, "teacher": self.teacher}
+        return json.dumps(stated | self.parts(), indent=2) + "\n"
 
     @staticmethod
     def from_json(text: str) -> "Identity":
+        """Raises FormatMismatch for a format that this release does not read, IdentityMismatch if it is damaged,
+        KeyError, TypeError or ValueError if it is no identity."""
         fields = json.loads(text)
         stated = fields.pop("id")
-        identity = Identity(**{**fields, "signal": SignalSpec(**fields["signal"])})
-        if identity.id != stated:
+        version = fields.setdefault("format", 1)  # which did not state it
+        if version not in READABLE_FORMATS:
+            raise FormatMismatch(f"the store is of format {version}, this release reads {READABLE_FORMATS}")
+        signal = {"topk": fields["signal"]} if version == 1 else fields["signal"]
+        identity = Identity(**{**fields, "signal": SignalSpec.from_dict(signal)})
+        # Format 1 hashes k and gap_step alone: anything else beside them would not change its id.
+        if identity.id != stated or identity.parts()["signal"] != fields["signal"]:
             raise IdentityMismatch(f"identity file is damaged: it states id {stated}, its parts give {identity.id}")
         return identity
 
     def require_equal(self, other: "Identity", where: str) -> None:
         """Raise IdentityMismatch naming each part in which `other` (what is asked for) differs from this store."""
-        mine, theirs = self.parts(), other.parts()
-        differing = [f"{key}: store {mine[key]}, asked {theirs[key]}" for key in mine if mine[key] != theirs[key]]
+        mine, theirs = (i.parts() | {"signal": i.signal} for i in (self, other))  # in no format's words
+        words: dict[str, tuple[Any, Any]] = {key: (mine[key], theirs[key]) for key in mine if mine[key] != theirs[key]}
+        if "signal" in words:
+            words["signal"] = self.signal.in_words(), other.signal.in_words()
+            if len(set(words["signal"])) == 1:  # words leave out what is seldom asked for
+                words["signal"] = self.signal.as_dict(), other.signal.as_dict()
+        differing = [f"{key}: store {held}, asked {asked}" for key, (held, asked) in words.items()]
         if differing:
             raise IdentityMismatch(
                 f"store {where} holds other numbers than this recipe asks for ({'; '.join(differing)}). "

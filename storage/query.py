@@ -1,18 +1,20 @@
-"""Questions about stores: what is there, what is in it, what does the teacher say at a position.
+"""Questions about a store: what is in it, how faithful is it, what does the teacher say at a position.
 
-Enters: a URI. Leaves: JSON-able dictionaries. Costs: log and plans; at most 64 shard footers for the columns' sizes.
+Enters: a URI. Leaves: JSON-able dictionaries. Costs: log and plans, one listing of the
+store, at most 64 shard footers for the columns' sizes.
 """
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from stillroom.storage.errors import CorruptShard, StillroomError, StoreError
+from stillroom.storage.catalog import kept_fidelity, reuse_of, summary
+from stillroom.storage.catalog import list_stores as list_stores  # part of what this module offers
+from stillroom.storage.errors import CorruptShard, StoreError
 from stillroom.storage.records import ShardRef, TopK
-from stillroom.storage.store import IDENTITY, Store, open_store
+from stillroom.storage.store import Store, open_store
 
 #: Footers read for the size of each column; more would only slow down a store of a million shards.
 _SAMPLED_SHARDS = 64
@@ -21,63 +23,66 @@ _SAMPLED_SHARDS = 64
 _SHOWN_UNITS = 5
 
 
-def list_stores(root: str) -> list[dict[str, Any]]:
-    """Stores at or below a folder, one dictionary each, by path. A store that cannot be read carries `error`.
-
-    Raises StoreError if there is no such folder.
-    """
-    folder = Path(root)
-    if not folder.is_dir():
-        raise StoreError(f"{root} is no folder")
-    found = []
-    for identity in sorted(folder.glob(f"**/{IDENTITY}")):
-        uri = str(identity.parent.parent)
-        try:
-            found.append(_summary(open_store(uri)))
-        except StillroomError as error:
-            found.append({"store": uri, "error": str(error)})
-    return found
-
-
 def inspect_store(uri: str, unit: str | None = None, *, positions: int = 64) -> dict[str, Any]:
     """A store in numbers; with `unit` (an id or its beginning) that unit's sequences, position by position."""
     store = open_store(uri)
     if unit is not None:
         return _unit(store, unit, positions)
     refs = store.committed()
-    summary = _summary(store)
-    summary["first_units"] = sorted(refs)[:_SHOWN_UNITS]
-    summary["identity_parts"] = store.identity.parts()
-    summary["columns_bytes_per_token"] = _column_sizes(store, list(refs.values())[:_SAMPLED_SHARDS])
-    summary["columns_sampled_shards"] = min(len(refs), _SAMPLED_SHARDS)
+    found = summary(store)
+    found |= _on_disk(store, refs, found["tokens"])
+    found["first_units"] = sorted(refs)[:_SHOWN_UNITS]
+    found["identity_parts"] = store.identity.parts()
+    found["columns_bytes_per_token"] = _column_sizes(store, list(refs.values())[:_SAMPLED_SHARDS])
+    found["columns_sampled_shards"] = min(len(refs), _SAMPLED_SHARDS)
     if refs:
         reader = store.reader(next(iter(refs.values())))
-        summary["provenance_of_first_shard"] = reader.footer["provenance"]
-        summary["logit"] = reader.footer["logit"]
-    return summary
+        found["provenance_of_first_shard"] = reader.footer["provenance"]
+        if "logit" in reader.footer:
+            found["logit"] = reader.footer["logit"]
+    found |= _fidelity(store)
+    found["reuse"] = reuse_of(store, found["tokens"])
+    return found
 
 
-def _summary(store: Store) -> dict[str, Any]:
-    refs = store.committed()
-    planned = {u.id: u for u in store.planned()}
-    units = [planned[i] for i in refs if i in planned]
-    tokens = sum(sum(u.tokens) for u in units)
-    shard_bytes = sum(ref.size_bytes for ref in refs.values())
-    identity = store.identity
+def _on_disk(store: Store, refs: dict[str, ShardRef], tokens: int) -> dict[str, Any]:
+    """All files of the store by what they are, leftovers of stopped writers too.
+
+    all_in_bytes_per_token: everything but the fidelity sample and the output head, which do not grow with the store.
+    """
+    held = {ref.path for ref in refs.values()}
+    sizes = dict.fromkeys(("shards", "leftover_shards", "log", "plans", "fidelity_sample", "output_head", "other"), 0)
+    for info in store.files.walk():
+        kind = ("shards" if info.name in held else "leftover_shards") if info.name.startswith("shards/") else "other"
+        kind = next((name for beginning, name in _KINDS.items() if info.name.startswith(beginning)), kind)
+        sizes[kind] += info.size_bytes
+    apart = sizes["fidelity_sample"] + sizes["output_head"]
     return {
-        "store": store.uri,
-        "identity": identity.id,
-        "teacher": identity.teacher,
-        "dtype": identity.dtype,
-        "signal": {"tier": "topk", **identity.signal.as_dict()},
-        "vocabulary": identity.vocabulary,
-        "shards": len(refs),
-        "sequences": sum(len(u.sequences) for u in units),
-        "tokens": tokens,
-        "rows": sum(sum(u.rows) for u in units),
-        "bytes": shard_bytes,
-        "bytes_per_token": round(shard_bytes / tokens, 2) if tokens else None,
-        "units_planned_not_committed": len(planned.keys() - refs.keys()),
+        "on_disk": {f"{name}_bytes": size for name, size in sizes.items()},
+        "all_in_bytes_per_token": round((sum(sizes.values()) - apart) / tokens, 2) if tokens else None,
+    }
+
+
+_KINDS = {
+    "_delta_log/": "log",
+    "_stillroom/plans/": "plans",
+    "_stillroom/truth/": "fidelity_sample",
+    "_stillroom/head-": "output_head",
+}
+
+
+def _fidelity(store: Store) -> dict[str, Any]:
+    """What was measured, as tables: by tier and temperature, and the teacher against itself."""
+    held = kept_fidelity(store.files)
+    if held is None:
+        return {"fidelity": None}
+    noise = held["noise"] or {}
+    return {
+        "reference_student": held["reference_student"],
+        "fidelity": held["rows"],
+        "noise_positions": noise.get("positions"),
+        "noise_max_logit_difference": noise.get("max_logit_difference"),
+        "noise_band": noise.get("rows", []),
     }
 
 
@@ -110,15 +115,16 @@ def _unit(store: Store, unit: str, positions: int) -> dict[str, Any]:
         raise StoreError(f"store {store.uri}: {len(matches)} committed units begin with {unit!r}, expected one")
     rows = []
     for stored in store.reader(refs[matches[0]]):
-        assert stored.topk is not None
+        assert stored.signal is not None
+        topk = stored.signal.topk
         rows.append(
             {
                 "sequence": stored.sequence.digest,
                 "context": stored.sequence.context,
                 "tokens": len(stored.sequence.input_ids),
-                "positions": _positions(
-                    stored.sequence.input_ids, stored.sequence.first_position, stored.topk, positions
-                ),
+                "positions": _positions(stored.sequence.input_ids, stored.sequence.first_position, topk, positions)
+                if topk
+                else [],
             }
         )
     return {"store": store.uri, "unit": matches[0], "path": refs[matches[0]].path, "sequences": rows}
@@ -133,8 +139,8 @@ def _positions(ids: Any, first: int, topk: TopK, limit: int) -> list[dict[str, A
         {
             "position": first + row,
             "id": int(ids[first + row]),
-            "top_ids": topk.ids[row, :5].tolist(),
-            "top_probabilities": np.round(np.exp(logits[row, :5] - total[row]), 4).tolist(),
+            "top_ids": topk.ids[row, : min(topk.kept[row], 5)].tolist(),
+            "top_probabilities": np.round(np.exp(logits[row, : min(topk.kept[row], 5)] - total[row]), 4).tolist(),
             "tail_probability": round(float(np.exp(tail[row] - total[row])), 4),
         }
         for row in range(min(len(topk), limit))

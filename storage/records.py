@@ -2,15 +2,16 @@
 
 Enters: numpy arrays. Leaves: frozen records. Costs: nothing is copied, one hash per sequence.
 
-Shape suffixes: T tokens of a sequence, R signal rows of it, K kept ids, V vocabulary, G grid points of
-β = 1/temperature, M trained positions of a pack.
+Shape suffixes: T tokens of a sequence, R signal rows of it, K kept ids, U distinct drawn ids, D hidden width,
+V vocabulary, G grid points of β = 1/temperature, M trained positions of a pack.
 """
 
 import hashlib
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,47 +64,201 @@ class Sequence:
 
 @dataclass(frozen=True)
 class TopK:
-    """What the teacher says at R positions: the K largest logits, and the rest of the vocabulary as one curve.
+    """The K largest logits of R positions, and the rest of the vocabulary as one curve.
 
     ids: int32 [R, K], by falling logit.
     logits: float32 [R, K], raw logits in nats as the model returns them.
     tail_lse: float32 [R, G], log Σ_{i not kept} exp(β z_i) at β = BETAS.
+    counts: int32 [R], how many each row keeps (a nucleus); None if every row keeps K. The slots after a row's count
+        hold id −1 and logit −inf, and K is the widest row of the block.
     """
 
     ids: Int32
     logits: Float32
     tail_lse: Float32
+    counts: Int32 | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, rows: slice | NDArray[np.int64]) -> "TopK":
-        return TopK(self.ids[rows], self.logits[rows], self.tail_lse[rows])
+        counts = None if self.counts is None else self.counts[rows]
+        return TopK(self.ids[rows], self.logits[rows], self.tail_lse[rows], counts)
+
+    @property
+    def kept(self) -> Int32:
+        """int32 [R]: ids kept at each position."""
+        return np.full(len(self), self.ids.shape[1], np.int32) if self.counts is None else self.counts
 
     @staticmethod
     def concatenate(blocks: Seq["TopK"]) -> "TopK":
+        ragged = any(b.counts is not None for b in blocks)
         return TopK(
-            np.concatenate([b.ids for b in blocks]),
-            np.concatenate([b.logits for b in blocks]),
+            _stack([b.ids for b in blocks], -1),
+            _stack([b.logits for b in blocks], -np.inf),
             np.concatenate([b.tail_lse for b in blocks]),
+            np.concatenate([b.kept for b in blocks]) if ragged else None,
         )
 
 
 @dataclass(frozen=True)
-class SignalSpec:
-    """What is kept per position, and how finely. Part of the identity.
+class Sampled:
+    """What N draws from the teacher's distribution at T = 1 gave, at R positions.
 
-    k: kept ids, 1 ≤ k < V.
+    ids: int32 [R, U], the distinct ids of each row, rising, then −1 on unused slots.
+    counts: int32 [R, U], how often each was drawn, 0 on unused slots; every row sums to N.
+    """
+
+    ids: Int32
+    counts: Int32
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, rows: slice | NDArray[np.int64]) -> "Sampled":
+        return Sampled(self.ids[rows], self.counts[rows])
+
+    @staticmethod
+    def concatenate(blocks: Seq["Sampled"]) -> "Sampled":
+        return Sampled(_stack([b.ids for b in blocks], -1), _stack([b.counts for b in blocks], 0))
+
+
+@dataclass(frozen=True)
+class Signal:
+    """All that a store keeps of R positions: its parts, aligned row by row. At least one is there.
+
+    hidden: float32 [R, D], the teacher's final hidden state after its last norm.
+    """
+
+    topk: TopK | None = None
+    sampled: Sampled | None = None
+    hidden: Float32 | None = None
+
+    def __len__(self) -> int:
+        return len(next(part for part in (self.topk, self.sampled, self.hidden) if part is not None))
+
+    def __getitem__(self, rows: slice | NDArray[np.int64]) -> "Signal":
+        return Signal(
+            None if self.topk is None else self.topk[rows],
+            None if self.sampled is None else self.sampled[rows],
+            None if self.hidden is None else self.hidden[rows],
+        )
+
+    @staticmethod
+    def concatenate(blocks: Seq["Signal"]) -> "Signal":
+        topk = [b.topk for b in blocks if b.topk is not None]
+        sampled = [b.sampled for b in blocks if b.sampled is not None]
+        hidden = [b.hidden for b in blocks if b.hidden is not None]
+        assert all(len(part) in (0, len(blocks)) for part in (topk, sampled, hidden)), "blocks of different signals"
+        return Signal(
+            TopK.concatenate(topk) if topk else None,
+            Sampled.concatenate(sampled) if sampled else None,
+            np.concatenate(hidden) if hidden else None,
+        )
+
+
+def _stack(parts: Seq[NDArray[Any]], fill: float) -> NDArray[Any]:
+    """Rows of different widths under each other, the narrower ones filled up."""
+    width = max(part.shape[1] for part in parts)
+    if all(part.shape[1] == width for part in parts):
+        return np.concatenate(parts)
+    whole = np.full((sum(map(len, parts)), width), fill, dtype=parts[0].dtype)
+    start = 0
+    for part in parts:
+        whole[start : start + len(part), : part.shape[1]] = part
+        start += len(part)
+    return whole
+
+
+@dataclass(frozen=True)
+class NucleusSpec:
+    """Keep ids until they hold `mass` of the probability at this temperature, at most k and at least one."""
+
+    mass: float
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True)
+class TopKSpec:
+    """The k largest logits and the tail's curve.
+
+    k: kept ids, 1 ≤ k < V. nucleus: keep fewer where fewer hold enough.
     gap_step: the gaps to the top logit are rounded to multiples of this many nats; None keeps them float32.
         Adds KL 6.5e-5 nats at 1/16, 2.6e-4 at 1/8, 1.0e-3 at 1/4 for 158, 148, 142 bytes a token all told
         (T = 1, k = 64, measured; ten to a hundred times less at T = 2 and 4).
+    layout: plain Arrow columns, or packed for archives: the same numbers, which only our code reads.
     """
 
     k: int
     gap_step: float | None = 1 / 8
+    nucleus: NucleusSpec | None = None
+    layout: Literal["plain", "packed"] = "plain"
+
+
+@dataclass(frozen=True)
+class SampledSpec:
+    """draws: N, from the teacher's distribution at T = 1."""
+
+    draws: int
+
+
+@dataclass(frozen=True)
+class HiddenSpec:
+    """The final hidden state.
+
+    width: D. dtype: int16 (steps of a size that follows from the teacher's output head), int8 (steps measured on text,
+        one scale a position) or bfloat16; see codecs/hidden.py.
+    calibration: SHA-256 of the side file with the channels' steps, for int16 and int8.
+    """
+
+    width: int
+    dtype: Literal["int16", "int8", "bfloat16"]
+    calibration: str | None = None
+
+
+@dataclass(frozen=True)
+class SignalSpec:
+    """What is kept per position, and how finely. Part of the identity. At least one part is there."""
+
+    topk: TopKSpec | None = None
+    sampled: SampledSpec | None = None
+    hidden: HiddenSpec | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """By part; what is None is left out, at every depth but for `gap_step`, where None means float32."""
+        return {name: _present(part) for name, part in asdict(self).items() if part is not None}
+
+    @staticmethod
+    def from_dict(fields: dict[str, Any]) -> "SignalSpec":
+        """The inverse. Raises TypeError for fields that no part has."""
+        parts = {name: dict(part) for name, part in fields.items()}
+        topk, sampled, hidden = (parts.pop(name, None) for name in ("topk", "sampled", "hidden"))
+        if parts or not (topk or sampled or hidden):
+            raise TypeError(f"signal {sorted(fields)}, expected one or more of topk, sampled, hidden")
+        if topk and "nucleus" in topk:
+            topk["nucleus"] = NucleusSpec(**topk["nucleus"])
+        return SignalSpec(
+            TopKSpec(**topk) if topk else None,
+            SampledSpec(**sampled) if sampled else None,
+            HiddenSpec(**hidden) if hidden else None,
+        )
+
+    def in_words(self) -> str:
+        """For people: `top-64 (1/8 nat) + hidden int8 (576)`."""
+        words = []
+        if self.topk:
+            step = "float32" if self.topk.gap_step is None else f"{Fraction(self.topk.gap_step)} nat"
+            nucleus = f", nucleus {self.topk.nucleus.mass:g}" if self.topk.nucleus else ""
+            words.append(f"top-{self.topk.k} ({step}{nucleus}{', packed' if self.topk.layout == 'packed' else ''})")
+        if self.sampled:
+            words.append(f"{self.sampled.draws} draws")
+        if self.hidden:
+            words.append(f"hidden {self.hidden.dtype} ({self.hidden.width})")
+        return " + ".join(words)
+
+
+def _present(part: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in part.items() if value is not None or key == "gap_step"}
 
 
 @dataclass(frozen=True)
@@ -161,7 +316,7 @@ class Pack:
     input_ids: int32 [T]; position_ids: int32 [T], from 0 in every sequence; segment_ids: int32 [T], 0, 1, …
         and −1 on padding. Padding is one segment of its own with its own positions from 0.
     positions: int64 [M] into the window; labels: int32 [M], the next token; weights: float32 [M].
-    topk: the teacher at those M positions, or None for a corpus without signal.
+    signal: the teacher at those M positions, or None for a corpus without signal.
     sequences: digests of the sequences in it, for messages.
     index: the pack's number in the epoch over all ranks; epoch: from 0.
     """
@@ -172,7 +327,7 @@ class Pack:
     positions: NDArray[np.int64]
     labels: Int32
     weights: Float32
-    topk: TopK | None
+    signal: Signal | None
     sequences: tuple[str, ...]
     epoch: int
     index: int

@@ -1,6 +1,6 @@
 """The Arrow schema of a shard, its Parquet settings and its footer metadata.
 
-Enters: an identity. Leaves: schema and settings. One row per sequence; FORMAT.md says the same in prose.
+Enters: an identity and its codec. Leaves: schema and settings. One row per sequence; FORMAT.md says the same in prose.
 """
 
 import json
@@ -8,47 +8,32 @@ from typing import Any
 
 import pyarrow as pa
 
+from stillroom.storage.codecs.columns import element, flat_list
+from stillroom.storage.codecs.signal import SignalCodec
 from stillroom.storage.errors import FormatMismatch
-from stillroom.storage.identity import Identity
+from stillroom.storage.identity import READABLE_FORMATS, Identity
 from stillroom.storage.records import BETAS
 
-FORMAT_VERSION = 1
 
-#: Positions in a row group = this // k, so that the widest column decodes to at most 1 MiB. Measured: 4–16 rows
-#: of 512 tokens scan at 780,000 tokens/s a core, one row at 630,000, 80 rows at 220,000.
-KEPT_PER_GROUP = 2**18
-
-#: Every column of numbers is split into byte planes: zstd then sees the nearly constant high bytes as runs.
-_SPLIT = ("input_ids", "topk_ids", "topk_gap", "top_logit", "tail_code")
-
-
-def shard_schema(gap_step: float | None) -> pa.Schema:
-    """Columns of a shard; the lists are flat and reshape to [R, K] or [R, G]."""
-    gap = pa.float32() if gap_step is None else pa.int16()
-
-    def flat(name: str, value: pa.DataType) -> pa.Field:
-        return pa.field(name, pa.list_(pa.field("element", value, nullable=False)), nullable=False)
-
+def shard_schema(codec: SignalCodec) -> pa.Schema:
+    """Columns of a shard: the sequence, then what the codec keeps of it in flat lists."""
     return pa.schema(
         [
             pa.field("sequence", pa.string(), nullable=False),
             pa.field("context", pa.int32(), nullable=False),
-            flat("input_ids", pa.int32()),
-            flat("topk_ids", pa.int32()),
-            flat("topk_gap", gap),
-            flat("top_logit", pa.float32()),
-            flat("tail_code", pa.int32()),
+            flat_list("input_ids", pa.int32()),
+            *codec.fields(),
         ]
     )
 
 
-def parquet_settings() -> dict[str, Any]:
+def parquet_settings(codec: SignalCodec) -> dict[str, Any]:
     """Writer settings. zstd 3: level 19 saves 4 % and encodes twenty times slower."""
     return {
         "compression": "zstd",
         "compression_level": 3,
         "use_dictionary": False,
-        "column_encoding": {f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in _SPLIT},
+        "column_encoding": {element("input_ids"): "BYTE_STREAM_SPLIT", **codec.encodings()},
         "write_statistics": False,
         "write_page_checksum": True,
         "store_schema": False,
@@ -57,19 +42,28 @@ def parquet_settings() -> dict[str, Any]:
 
 def footer_metadata(identity: Identity, unit: str, provenance: dict[str, Any]) -> dict[str, str]:
     """What a shard says of itself to someone who has only the file."""
-    step = identity.signal.gap_step
     described = {
-        "format": FORMAT_VERSION,
+        "format": identity.format,
         "unit": unit,
         "identity": identity.id,
         "teacher": identity.teacher,
         "vocabulary": identity.vocabulary,
-        "signal": identity.signal.as_dict(),
+        "signal": identity.parts()["signal"],
         "betas": list(BETAS),
-        "logit": "top_logit - topk_gap" if step is None else f"top_logit - topk_gap * {step!r}",
         "provenance": provenance,
     }
+    expression = logit_expression(identity)
+    if expression:
+        described["logit"] = expression
     return {"stillroom": json.dumps(described, sort_keys=True)}
+
+
+def logit_expression(identity: Identity) -> str | None:
+    """How plain columns give logits; None where the identity has no plain top-k part."""
+    topk = identity.signal.topk
+    if topk is None or topk.layout != "plain":
+        return None
+    return "top_logit - topk_gap" if topk.gap_step is None else f"top_logit - topk_gap * {topk.gap_step!r}"
 
 
 def read_footer(metadata: dict[bytes, bytes] | None, where: str) -> dict[str, Any]:
@@ -81,6 +75,6 @@ def read_footer(metadata: dict[bytes, bytes] | None, where: str) -> dict[str, An
         version = described["format"]
     except (ValueError, KeyError, TypeError) as error:
         raise FormatMismatch(f"{where} has unreadable stillroom metadata ({error})") from error
-    if version != FORMAT_VERSION:
-        raise FormatMismatch(f"{where} is of format {version}, this release reads format {FORMAT_VERSION}")
+    if version not in READABLE_FORMATS:
+        raise FormatMismatch(f"{where} is of format {version}, this release reads {READABLE_FORMATS}")
     return described

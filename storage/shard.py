@@ -6,11 +6,11 @@ row groups.
 
     shards/<unit>-<sha256>.parquet     the digest in the name is the file's own
 
-    row group 0   rows while their positions sum to at most 2^18 / k
+    row group 0   rows while their positions sum to at most what `positions_per_group` says
     row group 1   …
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any
@@ -19,21 +19,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from stillroom.storage.codecs.topk import TopKCodec, TopKColumns
+from stillroom.storage.calibration import Calibration, load_calibration
+from stillroom.storage.codecs.columns import flat, lists
+from stillroom.storage.codecs.signal import SignalCodec, positions_per_group, rows_of
 from stillroom.storage.errors import CorruptShard, FormatMismatch, StoreError
 from stillroom.storage.files import Files, sha256_hex
 from stillroom.storage.identity import Identity
-from stillroom.storage.records import BETAS, Sequence, ShardRef, TopK, Unit
-from stillroom.storage.schema import (
-    FORMAT_VERSION,
-    KEPT_PER_GROUP,
-    footer_metadata,
-    parquet_settings,
-    read_footer,
-    shard_schema,
-)
+from stillroom.storage.records import Sequence, ShardRef, Signal, SignalSpec, Unit
+from stillroom.storage.schema import footer_metadata, parquet_settings, read_footer, shard_schema
 
 FOLDER = "shards"
+
+_calibrations: dict[str, Calibration] = {}
 
 
 @dataclass(frozen=True)
@@ -41,15 +38,15 @@ class StoredSequence:
     """A row: the sequence and its signal rows first_position … T − 1; no signal where only the text is served."""
 
     sequence: Sequence
-    topk: TopK | None
+    signal: Signal | None
 
 
-def row_groups(rows: Seq[int], k: int) -> list[range]:
+def row_groups(rows: Seq[int], spec: SignalSpec) -> list[range]:
     """Which rows of a unit share a row group, from their position counts alone.
 
     A function of the plan, so that the order of training is known before anything is written.
     """
-    limit = KEPT_PER_GROUP // k
+    limit = positions_per_group(spec)
     groups: list[range] = []
     start = held = 0
     for number, count in enumerate(rows):
@@ -74,12 +71,30 @@ def parse_shard_path(path: str) -> tuple[str, str]:
     return unit, sha256
 
 
+def signal_codec(files: Files, identity: Identity) -> SignalCodec:
+    """The codec of a store's signal, with its calibration vector where it has one.
+
+    Raises StoreError, CorruptShard if the vector cannot be read, FormatMismatch if the identity states a signal that
+    no codec takes.
+    """
+    hidden = identity.signal.hidden
+    calibration = None
+    if hidden is not None and hidden.calibration is not None:
+        # By content, so that thousands of shards read it once.
+        calibration = _calibrations.get(hidden.calibration) or load_calibration(files, hidden.calibration)
+        _calibrations[hidden.calibration] = calibration
+    try:
+        return SignalCodec(identity.signal, identity.vocabulary, calibration)
+    except ValueError as error:
+        raise FormatMismatch(f"{files.uri}: the identity states a signal that cannot be: {error}") from error
+
+
 def write_shard(
     files: Files,
     identity: Identity,
     unit: Unit,
     sequences: Seq[Sequence],
-    blocks: Seq[TopK],
+    blocks: Seq[Signal],
     provenance: dict[str, Any],
 ) -> ShardRef:
     """Encode a unit and put it under its content's name. Nothing counts until it is committed.
@@ -89,11 +104,11 @@ def write_shard(
     Raises ValueError if blocks break the contract, StoreFull, StoreError.
     """
     assert tuple(s.digest for s in sequences) == unit.sequences
-    codec = TopKCodec(identity.signal, identity.vocabulary)
-    schema = shard_schema(identity.signal.gap_step)
+    codec = signal_codec(files, identity)
+    schema = shard_schema(codec)
     sink = pa.BufferOutputStream()
-    with pq.ParquetWriter(sink, schema, **parquet_settings()) as writer:
-        for group in row_groups(unit.rows, identity.signal.k):
+    with pq.ParquetWriter(sink, schema, **parquet_settings(codec)) as writer:
+        for group in row_groups(unit.rows, identity.signal):
             part = slice(group.start, group.stop)
             writer.write_batch(_record_batch(codec, schema, sequences[part], blocks[part]), row_group_size=len(group))
         writer.add_key_value_metadata(footer_metadata(identity, unit.id, provenance))
@@ -104,33 +119,22 @@ def write_shard(
     return ShardRef(unit.id, path, digest, data.size)
 
 
-def _record_batch(codec: TopKCodec, schema: pa.Schema, sequences: Seq[Sequence], blocks: Seq[TopK]) -> pa.RecordBatch:
+def _record_batch(
+    codec: SignalCodec, schema: pa.Schema, sequences: Seq[Sequence], blocks: Seq[Signal]
+) -> pa.RecordBatch:
     for sequence, block in zip(sequences, blocks, strict=True):
         if len(block) != sequence.rows:
             raise ValueError(f"sequence {sequence.digest} has {len(block)} signal rows, expected {sequence.rows}")
-    columns = codec.encode(TopK.concatenate(blocks))
+    rows = np.array([s.rows for s in sequences], np.int64)
     tokens = np.array([len(s.input_ids) for s in sequences])
-    rows = np.array([s.rows for s in sequences])
     ids = np.concatenate([s.input_ids for s in sequences]).astype(np.int32, copy=False)
-    k, g = codec.signal.k, len(BETAS)
-    flat = [
-        (tokens, ids),
-        (rows * k, columns.topk_ids),
-        (rows * k, columns.topk_gap),
-        (rows, columns.top_logit),
-        (rows * g, columns.tail_code),
+    columns = [
+        pa.array([s.digest for s in sequences]),
+        pa.array([s.context for s in sequences], pa.int32()),
+        lists(ids, tokens, pa.int32()),
+        *codec.encode(Signal.concatenate(blocks), rows),
     ]
-    lists = [
-        pa.ListArray.from_arrays(_offsets(lengths), pa.array(values), type=field.type)
-        for (lengths, values), field in zip(flat, list(schema)[2:], strict=True)
-    ]
-    digests = pa.array([s.digest for s in sequences])
-    contexts = pa.array([s.context for s in sequences], pa.int32())
-    return pa.record_batch([digests, contexts, *lists], schema=schema)
-
-
-def _offsets(lengths: np.ndarray[Any, Any]) -> pa.Array:
-    return pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+    return pa.record_batch(columns, schema=schema)
 
 
 class ShardReader:
@@ -138,12 +142,18 @@ class ShardReader:
 
     Opening checks the file against its digest, so every byte, the footer's too, is the one committed; page
     checksums are checked again as pages are read, since the file is mapped and may change under us.
+
+    parts: of the signal that are read and decoded; None: all.
     Raises CorruptShard naming the file, FormatMismatch, StoreError.
     """
 
-    def __init__(self, files: Files, ref: ShardRef, identity: Identity) -> None:
+    def __init__(
+        self, files: Files, ref: ShardRef, identity: Identity, *, parts: Collection[str] | None = None
+    ) -> None:
         self.where = f"{files.uri}/{ref.path}"
-        self._codec = TopKCodec(identity.signal, identity.vocabulary)
+        whole = signal_codec(files, identity)
+        self._codec = whole if parts is None else whole.only(parts)
+        self._columns = ["context", "input_ids", *(field.name for field in self._codec.fields())]
         source = files.open(ref.path)
         found = sha256_hex(memoryview(source.read_buffer()))
         if found != ref.sha256:
@@ -163,9 +173,12 @@ class ShardReader:
                 f"{self.where} is unit {stated[0]} of identity {stated[1]}, "
                 f"expected unit {ref.unit} of identity {identity.id}"
             )
-        if not self._file.schema_arrow.equals(shard_schema(identity.signal.gap_step)):
+        if not self._file.schema_arrow.equals(shard_schema(whole)):
             found = ", ".join(f"{field.name} {field.type}" for field in self._file.schema_arrow)
-            raise FormatMismatch(f"{self.where} has other columns than a shard of format {FORMAT_VERSION}: {found}")
+            raise FormatMismatch(
+                f"{self.where} has other columns than a shard of format {identity.format} and {whole.spec.in_words()}: "
+                f"{found}"
+            )
 
     @property
     def groups(self) -> int:
@@ -174,27 +187,19 @@ class ShardReader:
     def read_group(self, group: int) -> list[StoredSequence]:
         """The sequences of one row group; their arrays are views of its columns."""
         try:
-            table = self._file.read_row_group(group, use_threads=False)
+            table = self._file.read_row_group(group, columns=self._columns, use_threads=False)
         except (pa.ArrowException, OSError) as error:
             raise CorruptShard(f"{self.where}, row group {group}: {_one_line(error)}") from error
         column = {name: table.column(name).combine_chunks() for name in table.column_names}
         contexts = column["context"].to_numpy()
-        ids, tokens = _flat(column["input_ids"])
-        topk_ids, counts = _flat(column["topk_ids"])
-        rows = tokens - np.maximum(contexts - 1, 0)
-        parts = TopKColumns(
-            topk_ids,
-            _flat(column["topk_gap"])[0],
-            _flat(column["top_logit"])[0],
-            _flat(column["tail_code"])[0],
-        )
-        k, total = self._codec.signal.k, int(rows.sum())
-        sizes = (len(parts.topk_ids), len(parts.topk_gap), len(parts.top_logit), len(parts.tail_code))
-        if sizes != (total * k, total * k, total, total * len(BETAS)) or not np.array_equal(counts, rows * k):
-            raise CorruptShard(
-                f"{self.where}, row group {group}: columns of {sizes} values for {total} positions, k={k}"
-            )
-        block = self._codec.decode(parts)
+        ids, tokens = flat(column["input_ids"])
+        rows = rows_of(tokens, contexts)
+        try:
+            if (rows < 1).any() or (contexts < 0).any():
+                raise ValueError("a sequence has no signal rows")
+            block = self._codec.decode(column, rows)
+        except ValueError as error:
+            raise CorruptShard(f"{self.where}, row group {group}: {error}") from error
         at = np.concatenate([[0], np.cumsum(tokens)]), np.concatenate([[0], np.cumsum(rows)])
         return [
             StoredSequence(
@@ -211,12 +216,6 @@ class ShardReader:
     def __iter__(self) -> Iterator[StoredSequence]:
         for group in range(self.groups):
             yield from self.read_group(group)
-
-
-def _flat(column: pa.ListArray) -> tuple[Any, Any]:
-    """(values, lengths) of a list column, as numpy views."""
-    offsets = column.offsets.to_numpy()
-    return column.values.to_numpy()[offsets[0] : offsets[-1]], np.diff(offsets)
 
 
 def _one_line(error: Exception) -> str:

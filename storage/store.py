@@ -7,6 +7,7 @@ reads the identity and the log; nothing else is touched until asked for.
     <root>/_stillroom/plans/           which sequence belongs to which unit
     <root>/_delta_log/                 which shards count
     <root>/shards/                     the shards
+    <root>/_stillroom/calibration-…    the channels' scales of an int8 hidden part, named by its digest
 """
 
 from collections.abc import Container, Iterable, Iterator
@@ -14,15 +15,17 @@ from collections.abc import Sequence as Seq
 
 from stillroom.storage import plans
 from stillroom.storage.errors import FormatMismatch, StoreError
-from stillroom.storage.files import Files, open_files
+from stillroom.storage.files import STORE_MARK, Files, open_files
 from stillroom.storage.identity import Identity
 from stillroom.storage.log import CommitLog
 from stillroom.storage.records import Receipt, ShardRef, Unit
+from stillroom.storage.schema import shard_schema
 from stillroom.storage.shard import FOLDER as SHARDS
-from stillroom.storage.shard import ShardReader, StoredSequence
+from stillroom.storage.shard import ShardReader, StoredSequence, signal_codec
 from stillroom.storage.snapshot import Snapshot
 
-IDENTITY = "_stillroom/identity.json"
+#: The file that makes a folder a store: what its numbers are.
+IDENTITY = STORE_MARK
 
 
 class Store:
@@ -102,12 +105,16 @@ def create_store(uri: str, identity: Identity) -> Store:
     if files.exists(IDENTITY):
         held = _read_identity(files)
         held.require_equal(identity, files.uri)
+        identity = held  # of the format that the store was founded in, which its shards state
         if files.list(SHARDS):
             # Shards without a log are a damaged store: an empty log in its place would score everything again.
             return Store(files, identity, CommitLog.open(files.uri))
     else:
         files.write(IDENTITY, identity.to_json().encode())
-    return Store(files, identity, CommitLog.create(files.uri, identity.signal.gap_step))
+    log = CommitLog.create(files.uri, shard_schema(signal_codec(files, identity)))
+    held = _read_identity(files)  # another founder may have been a moment later
+    held.require_equal(identity, files.uri)
+    return Store(files, held, log)
 
 
 def _read_identity(files: Files) -> Identity:

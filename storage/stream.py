@@ -11,18 +11,19 @@ packed by the manifest's row groups, as there are no units.
 import queue
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from math import gcd
 
 import numpy as np
 from numpy.typing import NDArray
 
+from stillroom.storage.cache import cached_files
 from stillroom.storage.errors import CorruptShard, IdentityMismatch, StoreError, UsageError
 from stillroom.storage.files import open_files
 from stillroom.storage.manifest import Manifest, ManifestIndex
 from stillroom.storage.order import LANES, Block, EpochOrder, digest_keys, epoch_order
-from stillroom.storage.records import Pack, TopK, digest128
+from stillroom.storage.records import Pack, Signal, digest128
 from stillroom.storage.shard import ShardReader, StoredSequence, row_groups
 from stillroom.storage.snapshot import Snapshot
 
@@ -44,6 +45,7 @@ class Stream:
     longer. pack: lay several sequences into one window; else one sequence a pack, T its own length.
     rank, world_size: this process takes every world_size-th pack. start: packs already consumed, counted over all
     ranks and epochs; with it any world size resumes where another stopped. prefetch: packs decoded ahead.
+    parts: of the signal that are read and decoded; None: all.
 
     Raises UsageError if a sequence does not fit the window, IdentityMismatch if manifest and snapshot are of
     different tokenizers, StoreError if the snapshot lacks sequences of the split or the split is empty.
@@ -63,12 +65,13 @@ class Stream:
         start: int = 0,
         epochs: int | None = None,
         prefetch: int = 4,
+        parts: Collection[str] | None = None,
     ) -> None:
         assert 0 <= rank < world_size
         self._manifest, self._snapshot = manifest, snapshot
         self._window, self._seed, self._pack = window, seed, pack
         self._rank, self._world_size, self._start = rank, world_size, start
-        self._epochs, self._prefetch = epochs, prefetch
+        self._epochs, self._prefetch, self._parts = epochs, prefetch, parts
         self._index = manifest.index()
         self._masks = manifest.masks()
         self._entries = np.flatnonzero(self._index.heldout == heldout)
@@ -97,7 +100,7 @@ class Stream:
 
         def decode() -> None:
             # The packs of a rank come from every gcd(64, world size)-th lane, two row groups in each.
-            reader = _Reader(self._snapshot, groups=2 * (LANES // gcd(LANES, self._world_size)))
+            reader = _Reader(self._snapshot, self._parts, groups=2 * (LANES // gcd(LANES, self._world_size)))
             try:
                 for epoch, number in self._numbers():
                     if stop.is_set():
@@ -209,8 +212,8 @@ def assemble(
         segment_ids[part] = number
         trained = np.flatnonzero(mask[first + 1 :]) + first
         positions.append(trained + start)
-        if stored.topk is not None:
-            signal.append(stored.topk[trained - first])
+        if stored.signal is not None:
+            signal.append(stored.signal[trained - first])
     position_ids[starts[-1] :] = np.arange(window - starts[-1])
     at = np.concatenate(positions).astype(np.int64)
     return Pack(
@@ -220,7 +223,7 @@ def assemble(
         positions=at,
         labels=input_ids[np.minimum(at + 1, window - 1)],
         weights=np.repeat(weights, [len(p) for p in positions]).astype(np.float32),
-        topk=TopK.concatenate(signal) if signal else None,
+        signal=Signal.concatenate(signal) if signal else None,
         sequences=digests,
         epoch=epoch,
         index=index,
@@ -230,9 +233,9 @@ def assemble(
 class _Reader:
     """Decoded row groups, the last few of them; a shard is verified when its first group is read."""
 
-    def __init__(self, snapshot: Snapshot | None, groups: int) -> None:
-        self._snapshot = snapshot
-        self._files = open_files(snapshot.uri) if snapshot else None
+    def __init__(self, snapshot: Snapshot | None, parts: Collection[str] | None, groups: int) -> None:
+        self._snapshot, self._parts = snapshot, parts
+        self._files = cached_files(open_files(snapshot.uri)) if snapshot else None
         self._limit = groups
         self._groups: OrderedDict[tuple[int, int], list[StoredSequence]] = OrderedDict()
         self._shards: OrderedDict[int, ShardReader] = OrderedDict()
@@ -255,7 +258,7 @@ class _Reader:
         assert self._files is not None
         if block not in self._shards:
             ref = self._snapshot.refs[self._snapshot.units[block].id]
-            self._shards[block] = ShardReader(self._files, ref, self._snapshot.identity)
+            self._shards[block] = ShardReader(self._files, ref, self._snapshot.identity, parts=self._parts)
             while len(self._shards) > LANES:
                 self._shards.popitem(last=False)
         self._shards.move_to_end(block)
@@ -301,7 +304,7 @@ class _Where:
         for number, unit in enumerate(snapshot.units):
             digests += unit.sequences
             block += [number] * len(unit.sequences)
-            for place, members in enumerate(row_groups(unit.rows, snapshot.identity.signal.k)):
+            for place, members in enumerate(row_groups(unit.rows, snapshot.identity.signal)):
                 group += [place] * len(members)
                 row += range(len(members))
         names = np.array(digests, dtype="S32")

@@ -7,14 +7,28 @@ the teacher is made up: its logits are a function of the sequence, so that a tes
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
+from stillroom.storage.codecs.columns import Block, Codec, Counts
 from stillroom.storage.identity import Identity
 from stillroom.storage.manifest import Manifest, ManifestMeta, ManifestRow
 from stillroom.storage.manifest_writer import ManifestWriter
-from stillroom.storage.records import BETAS, Receipt, Sequence, ShardRef, SignalSpec, TopK, Unit
+from stillroom.storage.records import (
+    BETAS,
+    Receipt,
+    Sampled,
+    Sequence,
+    ShardRef,
+    Signal,
+    SignalSpec,
+    TopK,
+    TopKSpec,
+    Unit,
+)
 from stillroom.storage.shard import shard_path, write_shard
 from stillroom.storage.store import Store, create_store
 
@@ -38,6 +52,42 @@ def topk_of(logits_RV: NDArray[np.floating], k: int) -> TopK:
     rest = np.take_along_axis(logits_RV, ids[:, k:], axis=1)
     tail = np.stack([exact_lse(rest, beta) for beta in BETAS], axis=1)
     return TopK(ids[:, :k].astype(np.int32), kept.astype(np.float32), tail.astype(np.float32))
+
+
+def nucleus_of(logits_RV: NDArray[np.floating], k: int, mass: float, temperature: float = 1.0) -> TopK:
+    """What a teacher keeps of a nucleus: the fewest largest ids that hold `mass` at this temperature, at most k."""
+    scaled = np.asarray(logits_RV, np.float64) / temperature
+    order = np.argsort(-logits_RV, axis=1, kind="stable")
+    held = np.cumsum(np.take_along_axis(np.exp(scaled - exact_lse(scaled)[:, None]), order, axis=1), axis=1)
+    counts = np.minimum(1 + (held < mass).sum(axis=1), k).astype(np.int32)
+    return ragged_topk_of(logits_RV, counts)
+
+
+def ragged_topk_of(logits_RV: NDArray[np.floating], counts_R: NDArray[np.int32]) -> TopK:
+    """As `topk_of`, with a k for each row."""
+    rows = [topk_of(row[None], int(count)) for row, count in zip(logits_RV, counts_R, strict=True)]
+    width = int(counts_R.max(initial=1))
+    ids, logits = np.full((len(rows), width), -1, np.int32), np.full((len(rows), width), -np.inf, np.float32)
+    for r, row in enumerate(rows):
+        ids[r, : counts_R[r]], logits[r, : counts_R[r]] = row.ids[0], row.logits[0]
+    tail = np.concatenate([np.zeros((0, len(BETAS)), np.float32), *(row.tail_lse for row in rows)])
+    return TopK(ids, logits, tail, counts_R)
+
+
+def columns_of(codec: Codec[Block], block: Block, rows: Counts | None = None) -> dict[str, pa.Array]:
+    """The codec's columns by name. rows: R of each sequence; None for one sequence that has all positions."""
+    rows = _all_of(block) if rows is None else rows
+    return dict(zip((field.name for field in codec.fields()), codec.encode(block, rows), strict=True))
+
+
+def round_trip(codec: Codec[Block], block: Block, rows: Counts | None = None) -> Block:
+    """The block as a reader gets it."""
+    rows = _all_of(block) if rows is None else rows
+    return codec.decode(columns_of(codec, block, rows), rows)
+
+
+def _all_of(block: Any) -> Counts:
+    return np.array([len(block)], np.int64)
 
 
 def random_logits(
@@ -68,6 +118,34 @@ def next_token_teacher(sequence: Sequence, vocabulary: int) -> NDArray[np.float6
     return logits
 
 
+def signal_of(sequence: Sequence, identity: Identity, teacher: Teacher = digest_teacher) -> Signal:
+    """All parts that the identity keeps of a sequence. Draws and hidden states are a function of its digest."""
+    logits_RV, spec = teacher(sequence, identity.vocabulary), identity.signal
+    rng = np.random.default_rng([1, int(sequence.digest, 16)])
+    topk = sampled = hidden = None
+    if spec.topk and spec.topk.nucleus:
+        topk = nucleus_of(logits_RV, spec.topk.k, spec.topk.nucleus.mass, spec.topk.nucleus.temperature)
+    elif spec.topk:
+        topk = topk_of(logits_RV, spec.topk.k)
+    if spec.sampled:
+        sampled = sampled_of(rng, logits_RV, spec.sampled.draws)
+    if spec.hidden:
+        hidden = rng.normal(0.0, 2.0, (sequence.rows, spec.hidden.width)).astype(np.float32)
+    return Signal(topk, sampled, hidden)
+
+
+def sampled_of(rng: np.random.Generator, logits_RV: NDArray[np.floating], draws: int) -> Sampled:
+    """Draws from the distribution of these logits at T = 1."""
+    p_RV = np.exp(logits_RV - exact_lse(logits_RV)[:, None])
+    drawn_RV = rng.multinomial(draws, p_RV / p_RV.sum(axis=1, keepdims=True))
+    width = int((drawn_RV > 0).sum(axis=1).max(initial=1))
+    ids, counts = np.full((len(drawn_RV), width), -1, np.int32), np.zeros((len(drawn_RV), width), np.int32)
+    for r, row in enumerate(drawn_RV):
+        found = np.flatnonzero(row)
+        ids[r, : len(found)], counts[r, : len(found)] = found, row[found]
+    return Sampled(ids, counts)
+
+
 def random_sequences(
     rng: np.random.Generator, count: int, *, vocabulary: int = 40, shortest: int = 1, longest: int = 24
 ) -> list[Sequence]:
@@ -85,8 +163,14 @@ def random_sequences(
 
 
 def tiny_identity(
-    *, k: int = 4, vocabulary: int = 40, gap_step: float | None = 1 / 8, weights: str = "ab" * 16
+    *,
+    k: int = 4,
+    vocabulary: int = 40,
+    gap_step: float | None = 1 / 8,
+    weights: str = "ab" * 16,
+    signal: SignalSpec | None = None,
 ) -> Identity:
+    """signal: what is kept; else the top k in steps of `gap_step`."""
     return Identity(
         teacher="made up",
         weights=weights,
@@ -95,7 +179,7 @@ def tiny_identity(
         vocabulary=vocabulary,
         dtype="float32",
         quantisation=None,
-        signal=SignalSpec(k, gap_step),
+        signal=signal or SignalSpec(TopKSpec(k, gap_step)),
     )
 
 
@@ -115,7 +199,7 @@ def write_unit(
     machine: provenance. Another one makes other bytes, hence another path, for the same unit.
     """
     identity, unit = store.identity, unit_of(sequences)
-    blocks = [topk_of(teacher(s, identity.vocabulary), identity.signal.k) for s in sequences]
+    blocks = [signal_of(s, identity, teacher) for s in sequences]
     ref = write_shard(store.files, identity, unit, sequences, blocks, {"machine": machine})
     return Receipt(ref, len(sequences), sum(unit.tokens), sum(unit.rows), batches=1, seconds=0.0)
 

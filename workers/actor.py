@@ -6,18 +6,25 @@ commits nothing: that is the driver's.
 """
 
 import time
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from typing import Any
 
+import numpy as np
 import ray
 
+from stillroom.storage.calibration import save_calibration
 from stillroom.storage.errors import BadLogits, IdentityMismatch
 from stillroom.storage.files import open_files
 from stillroom.storage.identity import Identity
-from stillroom.storage.records import Receipt, Sequence, Unit
+from stillroom.storage.records import Float32, Receipt, Sequence, SignalSpec, Unit
 from stillroom.storage.shard import write_shard
-from stillroom.workers.teacher import Teacher, TeacherSpec
+from stillroom.storage.truth import Truth, write_truth
+from stillroom.workers.head import calibrate, save_head, steps_of
+from stillroom.workers.teacher import Teacher, TeacherSpec, TruthRequest
 from stillroom.workers.torch_teacher import TorchTeacher
+
+NO_TRUTH = TruthRequest()
 
 
 class TeacherActor:
@@ -56,20 +63,44 @@ class TeacherActor:
                 "Every node must hold the same model folder: copy it anew, or put it on shared storage."
             )
 
-    def score_unit(self, unit: Unit, sequences: Seq[Sequence]) -> Receipt:
+    def found(self, sequences: Seq[Sequence]) -> str:
+        """Write what the hidden part of a new store needs beside the shards: the teacher's output head, and
+        the calibration of its channels, measured on these sequences (int16: read off the head). Returns the
+        calibration's digest, "" for none.
+
+        Raises TeacherError if this architecture's head cannot be stored, StoreFull, StoreError.
+        """
+        teacher = self._teacher()
+        assert isinstance(teacher, TorchTeacher)
+        files = open_files(self._store)
+        head = teacher.output_head()
+        save_head(files, head)
+        spec = self._identity.signal.hidden
+        assert spec is not None
+        if spec.dtype == "int16":
+            return save_calibration(files, steps_of(head))
+        if spec.dtype == "bfloat16":
+            return ""
+        scored = teacher.score(sequences, signal=SignalSpec(hidden=spec))
+        hidden = np.concatenate([block.hidden for block in scored if block.hidden is not None])
+        return save_calibration(files, calibrate(hidden, head.weight.float().cpu().numpy()))
+
+    def score_unit(self, unit: Unit, sequences: Seq[Sequence], truth: TruthRequest = NO_TRUTH) -> Receipt:
         """Score a unit and write its shard. Doing it twice on the same machine gives the same file.
 
-        sequences: the unit's, in its order. Raises what `ready` raises, BadLogits naming the unit and its sequences,
-            StoreFull, StoreError.
+        sequences: the unit's, in its order. truth: positions whose logits are kept in full beside the
+        shard. Raises what `ready` raises, BadLogits naming the unit and its sequences, StoreFull, StoreError.
         """
         teacher = self._teacher()
         started = time.perf_counter()
         try:
-            blocks = teacher.score(sequences, k=self._identity.signal.k)
+            scored = teacher.score_with_truth(sequences, signal=self._identity.signal, positions=truth.positions)
+            if truth.positions:
+                self._keep_truth(teacher, unit, sequences, truth, scored.truth)
         except BadLogits as error:
             raise BadLogits(f"unit {unit.id}: {error}") from error
         provenance = teacher.provenance(sequences)
-        shard = write_shard(open_files(self._store), self._identity, unit, sequences, blocks, provenance)
+        shard = write_shard(open_files(self._store), self._identity, unit, sequences, scored.signals, provenance)
         return Receipt(
             shard=shard,
             sequences=len(sequences),
@@ -78,6 +109,28 @@ class TeacherActor:
             batches=len(teacher.batches(sequences)),
             seconds=time.perf_counter() - started,
         )
+
+    def _keep_truth(
+        self,
+        teacher: Teacher,
+        unit: Unit,
+        sequences: Seq[Sequence],
+        request: TruthRequest,
+        full: Mapping[str, Float32],
+    ) -> None:
+        """Write the unit's part of the fidelity sample, before its shard: it counts when the unit does."""
+        twice: dict[str, Float32] = {}
+        for sequence in sequences:
+            if sequence.digest in request.alone:
+                positions = {sequence.digest: request.positions[sequence.digest]}
+                twice |= teacher.score_with_truth([sequence], signal=self._identity.signal, positions=positions).truth
+        blocks = []
+        for digest, logits in full.items():
+            rows = np.arange(len(logits)) if digest in twice else np.zeros(0, np.int64)
+            alone = twice.get(digest, logits[:0])
+            positions_P = np.array(request.positions[digest], np.int32)
+            blocks.append(Truth((digest,) * len(logits), positions_P, logits, alone, rows))
+        write_truth(open_files(self._store), unit, Truth.concatenate(blocks), self._identity)
 
     def release(self) -> None:
         """Free the device. The driver then ends the process with `ray.kill`; another call would load anew."""

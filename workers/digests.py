@@ -65,6 +65,24 @@ def identity_parts(folder: Path, tokenizer_json: str, *, dtype: str, cache_dir: 
     }
 
 
+def hidden_width(folder: Path) -> int:
+    """D, the width of the final hidden state, from config.json."""
+    config = json.loads((folder / "config.json").read_text())
+    config = config.get("text_config", config)
+    width = config.get("hidden_size") or config.get("n_embd") or config.get("d_model")
+    if not isinstance(width, int):
+        raise TeacherError(f"{folder}/config.json states no hidden_size, n_embd or d_model")
+    return width
+
+
+def layers_and_heads(folder: Path) -> tuple[int, int]:
+    """Layers and attention heads, from config.json."""
+    config = json.loads((folder / "config.json").read_text())
+    config = config.get("text_config", config)
+    layers = config.get("num_hidden_layers") or config.get("n_layer") or 0
+    return int(layers), int(config.get("num_attention_heads") or config.get("n_head") or 0)
+
+
 def model_digests(folder: Path, *, cache_dir: Path) -> tuple[str, str]:
     """(weights, config): of the safetensors' names and contents, and of config.json less what is volatile."""
     parts = [(file.name.encode(), file_sha256(file, cache_dir).encode()) for file in weight_files(folder)]

@@ -40,7 +40,13 @@ class SlicedModel:
             self.body: nn.Module = model.get_submodule(path)
             self._replay = _Replay(copy.copy(output))
             self._rest = _with_module(model, path.split("."), self._replay)
-            self._verify()
+            try:
+                self._verify()
+            except AttributeError as error:  # Falcon-H1 reads a multiplier off its body
+                raise TeacherError(
+                    f"{_name(model)}: its forward asks its body for more than hidden states ({error}), so its head "
+                    "cannot be applied in slices; this architecture cannot be scored yet"
+                ) from error
 
     def hidden(self, ids_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
         """The body's last hidden states [B, T, D].

@@ -7,7 +7,6 @@ per weight for 135M weights); a download once, kept in the hub's own cache.
 
 import importlib.metadata
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 
+from stillroom.storage.cache import cache_folder as cache_folder
 from stillroom.storage.errors import TeacherError
 from stillroom.workers.dequantise import dequantised
 from stillroom.workers.digests import weight_files
@@ -79,14 +79,6 @@ def positions_of(folder: Path, *, trust_remote_code: bool = False) -> int | None
         raise TeacherError(f"{folder} has a config.json that transformers cannot use: {_first_line(error)}") from error
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     return None if limit is None else int(limit)
-
-
-def cache_folder() -> Path:
-    """`$STILLROOM_CACHE`, else `$XDG_CACHE_HOME/stillroom`, else `~/.cache/stillroom`."""
-    named = os.environ.get("STILLROOM_CACHE")
-    if named:
-        return Path(named).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stillroom"
 
 
 @contextmanager

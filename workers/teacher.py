@@ -4,12 +4,13 @@ Enters: a `TeacherSpec`, picklable and free of torch. Leaves: the `Teacher` prot
 Costs: nothing; importing this module loads no framework.
 """
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from stillroom.storage.records import Sequence, TopK
+from stillroom.storage.records import Float32, Sequence, Signal, SignalSpec
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -46,6 +47,27 @@ class TeacherSpec:
     """torch.compile for the model's body. Pays on a GPU with long runs; shifts rows within the noise band."""
 
 
+@dataclass(frozen=True)
+class Scored:
+    """What a pass over some sequences gave.
+
+    signals: one block per sequence, in the order given. truth: by sequence digest, float32 [n, V] raw logits of the
+    whole vocabulary at the positions asked for, in rising order.
+    """
+
+    signals: list[Signal]
+    truth: dict[str, Float32]
+
+
+@dataclass(frozen=True)
+class TruthRequest:
+    """Positions of a unit whose logits are kept in full. positions: rising, by sequence digest. alone: sequences
+    among them that are scored once more in a batch of one, for the noise band."""
+
+    positions: Mapping[str, Seq[int]] = field(default_factory=dict)
+    alone: frozenset[str] = frozenset()
+
+
 class Teacher(Protocol):
     """Scores sequences in isolation. Not thread-safe; one per process."""
 
@@ -59,10 +81,20 @@ class Teacher(Protocol):
     def batches(self, sequences: Seq[Sequence]) -> list[list[int]]:
         """The forward passes that `score` makes of a unit, as indices into it."""
 
-    def score(self, sequences: Seq[Sequence], *, k: int) -> list[TopK]:
+    def score(self, sequences: Seq[Sequence], *, signal: SignalSpec) -> list[Signal]:
         """One block of R rows per sequence, in the order given: positions first_position … T − 1.
 
+        signal: what is kept. Logits and hidden states are exact; rounding them is the codec's.
+
         Raises TeacherError for a sequence beyond the model's positions, BadLogits naming the sequences.
+        """
+
+    def score_with_truth(
+        self, sequences: Seq[Sequence], *, signal: SignalSpec, positions: Mapping[str, Seq[int]]
+    ) -> Scored:
+        """As `score`, and in the same passes the whole vocabulary's logits at some positions, by sequence digest.
+
+        positions: rising, within first_position … T − 1.
         """
 
     def provenance(self, sequences: Seq[Sequence]) -> dict[str, Any]:

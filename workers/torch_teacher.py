@@ -1,11 +1,12 @@
 """Any transformers causal LM as a teacher.
 
-Enters: a `TeacherSpec`. Leaves: `TorchTeacher`, which turns sequences into `TopK` blocks. Costs: the weights, one
+Enters: a `TeacherSpec`. Leaves: `TorchTeacher`, which turns sequences into `Signal` blocks. Costs: the weights, one
 batch's hidden states, and one slice of logits [S, V] (64 MiB) with two such buffers or less; see workers/sliced.py.
 """
 
 import gc
 import platform
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from functools import partial
 from itertools import accumulate
@@ -14,16 +15,22 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from stillroom.storage.errors import TeacherError
-from stillroom.storage.records import Sequence, TopK
+from stillroom.storage.codecs.sampled import position_keys
+from stillroom.storage.codecs.tail import tail_lse_at
+from stillroom.storage.codecs.topk import nucleus
+from stillroom.storage.errors import BadLogits, TeacherError
+from stillroom.storage.records import Float32, Sequence, Signal, SignalSpec
 from stillroom.workers import batching
-from stillroom.workers.digests import identity_parts
+from stillroom.workers.digests import hidden_width, identity_parts
+from stillroom.workers.draws import draw
 from stillroom.workers.extract import CPU_CHUNK_BYTES, extract
+from stillroom.workers.head import OutputHead, output_head
 from stillroom.workers.sliced import FEWEST_ROWS, SlicedModel
 from stillroom.workers.source import cache_folder, load_tokenizer, quiet
-from stillroom.workers.teacher import TeacherSpec
+from stillroom.workers.teacher import Scored, TeacherSpec
 
 SLICE_BYTES = 64 << 20
 
@@ -56,6 +63,17 @@ class TorchTeacher:
         """V, the real one: one more than the largest id of the tokenizer."""
         return self._vocabulary
 
+    @property
+    def hidden_width(self) -> int:
+        """D, the width of the final hidden state."""
+        return hidden_width(self.spec.folder)
+
+    def output_head(self) -> OutputHead:
+        """What turns final hidden states into logits. Raises TeacherError where there is no such formula."""
+        if self._model is None:
+            raise TeacherError(f"teacher {self.spec.folder} was released; load it anew")
+        return output_head(self._model)
+
     def identity_parts(self) -> dict[str, Any]:
         """All fields of an `Identity` but `teacher` and `signal`."""
         return dict(self._parts)
@@ -65,17 +83,26 @@ class TorchTeacher:
         lengths = [len(s.input_ids) for s in sequences]
         return batching.batches(lengths, self.spec.batch_tokens, border=self._border)
 
-    def score(self, sequences: Seq[Sequence], *, k: int) -> list[TopK]:
+    def score(self, sequences: Seq[Sequence], *, signal: SignalSpec) -> list[Signal]:
         """One block of R rows for each sequence, in the order given.
 
-        Row r is the model's `.logits[:, first_position + r]`, with the sequence alone in its context.
+        Row r is of the model's `.logits[:, first_position + r]`, with the sequence alone in its context.
         Raises TeacherError (k or a length or an id out of range), BadLogits (with the sequence's digest).
         """
-        self._check(sequences, k)
-        blocks: dict[int, TopK] = {}
+        return self.score_with_truth(sequences, signal=signal, positions={}).signals
+
+    def score_with_truth(
+        self, sequences: Seq[Sequence], *, signal: SignalSpec, positions: Mapping[str, Seq[int]]
+    ) -> Scored:
+        """As `score`, and in the same passes the whole vocabulary's logits at some positions, by sequence digest."""
+        self._check(sequences, signal)
+        signals: dict[int, Signal] = {}
+        truth: dict[str, Float32] = {}
         for group in self.batches(sequences):
-            blocks.update(zip(group, self._score_batch([sequences[i] for i in group], k), strict=True))
-        return [blocks[i] for i in range(len(sequences))]
+            found = self._score_batch([sequences[i] for i in group], signal, positions)
+            signals.update(zip(group, found.signals, strict=True))
+            truth |= found.truth
+        return Scored([signals[i] for i in range(len(sequences))], truth)
 
     def provenance(self, sequences: Seq[Sequence]) -> dict[str, Any]:
         """Versions, device, settings and this unit's batch shapes: no times, hosts or paths."""
@@ -103,7 +130,7 @@ class TorchTeacher:
             torch.cuda.empty_cache()
 
     @torch.inference_mode()
-    def _score_batch(self, sequences: Seq[Sequence], k: int) -> list[TopK]:
+    def _score_batch(self, sequences: Seq[Sequence], signal: SignalSpec, positions: Mapping[str, Seq[int]]) -> Scored:
         if self._model is None:
             raise TeacherError(f"teacher {self.spec.folder} was released; load it anew to score more")
         ids_BT, mask_BT = _pad([s.input_ids for s in sequences])
@@ -115,25 +142,76 @@ class TorchTeacher:
             i, t = divmod(int(rows_N[start + row]), width)
             return f"position {t} of sequence {sequences[i].digest}"
 
+        keys_N = np.concatenate(
+            [position_keys(s.digest, np.arange(s.first_position, len(s.input_ids))) for s in sequences]
+        )
+        wanted = [positions.get(s.digest, ()) for s in sequences]
+        full_M = np.flatnonzero(np.isin(rows_N, [i * width + t for i, ts in enumerate(wanted) for t in ts]))
         hidden_ND = self._model.hidden(ids_BT, mask_BT).flatten(0, 1)[torch.from_numpy(rows_N).to(self.device)]
-        slices = [
-            extract(
-                self._model.logits(hidden_ND[start : start + self._slice]),
-                k=k,
-                vocabulary=self._vocabulary,
-                chunk_bytes=CPU_CHUNK_BYTES if self.device.type == "cpu" else SLICE_BYTES,
-                name_row=partial(name, start),
-            )
-            for start in range(0, len(hidden_ND), self._slice)
-        ]
-        scored = TopK.concatenate(slices)
+        slices, full = [], []
+        for start in range(0, len(hidden_ND), self._slice):
+            part = slice(start, start + self._slice)
+            logits_SV = self._model.logits(hidden_ND[part]) if signal.topk or signal.sampled or len(full_M) else None
+            slices.append(self._extract(hidden_ND[part], logits_SV, signal, keys_N[part], partial(name, start)))
+            inside = full_M[(full_M >= start) & (full_M < part.stop)] - start
+            if logits_SV is not None and len(inside):
+                full.append(
+                    logits_SV[torch.from_numpy(inside).to(self.device), : self._vocabulary].float().cpu().numpy()
+                )
+        scored = Signal.concatenate(slices)
         ends = list(accumulate(len(r) for r in rows))
-        return [scored[end - len(r) : end] for r, end in zip(rows, ends, strict=True)]
+        borders = np.cumsum([0, *map(len, wanted)])
+        full_MV = np.concatenate(full) if full else np.zeros((0, self._vocabulary), np.float32)
+        return Scored(
+            [scored[end - len(r) : end] for r, end in zip(rows, ends, strict=True)],
+            {s.digest: full_MV[borders[i] : borders[i + 1]] for i, s in enumerate(sequences) if len(wanted[i])},
+        )
 
-    def _check(self, sequences: Seq[Sequence], k: int) -> None:
+    def _extract(
+        self,
+        hidden_SD: Tensor,
+        logits_SV: Tensor | None,
+        signal: SignalSpec,
+        keys_S: NDArray[np.uint64],
+        name_row: Callable[[int], str],
+    ) -> Signal:
+        """The signal of S positions from their final hidden states and, where it needs them, their logits."""
+        topk = sampled = None
+        chunk_bytes = CPU_CHUNK_BYTES if self.device.type == "cpu" else SLICE_BYTES
+        if signal.topk:
+            assert logits_SV is not None
+            topk = extract(
+                logits_SV, k=signal.topk.k, vocabulary=self._vocabulary, chunk_bytes=chunk_bytes, name_row=name_row
+            )
+            if signal.topk.nucleus:
+                mass, temperature = signal.topk.nucleus.mass, signal.topk.nucleus.temperature
+                tail = tail_lse_at(topk.tail_lse, 1 / temperature, self._vocabulary - signal.topk.k)
+                topk = nucleus(topk, mass, temperature, tail)
+        if signal.sampled:
+            assert logits_SV is not None
+            sampled = draw(
+                logits_SV[:, : self._vocabulary],
+                keys_S,
+                draws=signal.sampled.draws,
+                chunk_bytes=chunk_bytes,
+                name_row=name_row,
+            )
+        hidden = None
+        if signal.hidden:
+            hidden = hidden_SD.float().cpu().numpy()
+            bad = np.flatnonzero(~np.isfinite(hidden).all(axis=1))
+            if len(bad):
+                raise BadLogits(
+                    f"NaN or infinite hidden states at {len(bad)} of {len(hidden)} positions, "
+                    f"the first is {name_row(int(bad[0]))}"
+                )
+        return Signal(topk, sampled, hidden)
+
+    def _check(self, sequences: Seq[Sequence], signal: SignalSpec) -> None:
+        k = signal.topk.k if signal.topk else 1
         if not 1 <= k < self._vocabulary:
             raise TeacherError(
-                f"signal.k is {k}, expected 1 to {self._vocabulary - 1} (the teacher's vocabulary less one)"
+                f"signal.topk.k is {k}, expected 1 to {self._vocabulary - 1} (the teacher's vocabulary less one)"
             )
         for s in sequences:
             if self._positions is not None and len(s.input_ids) > self._positions:

@@ -10,13 +10,14 @@ from stillroom.pipeline.student.config import advice
 
 def notices(recipe: Recipe) -> list[str]:
     lines = [f"student {student.name}: {line}" for student in recipe.students for line in advice(student)]
-    if recipe.signal.k < 32:
+    topk = recipe.signal.topk
+    if topk is not None and topk.k < 32:
         lines.append(
-            f"signal.k is {recipe.signal.k}; the top 8 of a 49,152-word teacher hold 0.76 of its probability, the top "
+            f"signal.topk.k is {topk.k}; the top 8 of a 49,152-word teacher hold 0.76 of its probability, the top "
             "32 0.87, the top 64 0.90 (temperature 1, measured)"
         )
-    if recipe.signal.gap_step is not None and recipe.signal.gap_step > 1 / 4:
-        lines.append(f"signal.gap_step is {recipe.signal.gap_step:g}; a step of 1/4 already adds KL 1e-3 to the signal")
+    if topk is not None and topk.gap_step is not None and topk.gap_step > 1 / 4:
+        lines.append(f"signal.topk.gap_step is {topk.gap_step:g}; a step of 1/4 already adds KL 1e-3 to the signal")
     if recipe.store.unit_tokens < recipe.teacher.batch_tokens:
         lines.append(
             f"store.unit_tokens ({recipe.store.unit_tokens}) is below teacher.batch_tokens "

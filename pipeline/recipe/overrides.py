@@ -1,7 +1,7 @@
 """`key=value` words from the command line, laid over a recipe before it is validated.
 
-Enters: a `Document` and words such as `signal.k=32` or `students.0.steps=10`. Leaves: a new `Document`, the old one
-untouched. Costs: a copy of the values.
+Enters: a `Document` and words such as `signal.topk.k=32` or `students.0.steps=10`. Leaves: a new `Document`, the old
+one untouched. Costs: a copy of the values.
 
 A value is read as YAML (`[1, 2]`, `null`, `1e-5`, `true`). A list's items go by their number, from 0; a list is not
 grown this way, but may be given whole. Whether a key exists is not judged here: validation refuses unknown keys in
@@ -33,7 +33,7 @@ def parse_word(word: str) -> tuple[KeyPath, Any]:
     key, equals, value = word.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
-        raise RecipeError(f"command line: {word}: expected key=value, as in signal.k=32 or students.0.seed=1")
+        raise RecipeError(f"command line: {word}: expected key=value, as in signal.topk.k=32 or students.0.seed=1")
     path = tuple(int(part) if part.isascii() and part.isdigit() else part for part in parts)
     return path, parse_value(value, f"command line: {key}")
 

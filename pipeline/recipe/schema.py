@@ -16,7 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 
 from stillroom.pipeline.corpus.config import CorpusConfig
 from stillroom.pipeline.student.config import StudentConfig
-from stillroom.storage.records import SignalSpec
+from stillroom.storage.records import HiddenSpec, NucleusSpec, SampledSpec, SignalSpec, TopKSpec
 
 
 def _nats(value: Any) -> Any:
@@ -58,8 +58,17 @@ class TeacherConfig(_Section):
     """Compile the forward pass with torch.compile: minutes at the start of each actor, faster after that."""
 
 
-class SignalConfig(_Section):
-    """What is kept of the teacher at each position. All of it is part of the store's identity."""
+class NucleusConfig(_Section):
+    """Keep fewer ids where fewer hold enough."""
+
+    mass: float = Field(gt=0, lt=1)
+    """Ids are kept, largest first, until they hold this share of the probability; at most k and at least one."""
+    temperature: float = Field(default=1.0, ge=1, le=10)
+    """The temperature at which the share is counted."""
+
+
+class TopKConfig(_Section):
+    """The largest logits of each position, and the rest of the vocabulary as one curve."""
 
     k: int = Field(default=64, ge=1)
     """Kept logits per position, the largest ones. The rest of the vocabulary is kept as one curve (its log-partition
@@ -68,9 +77,71 @@ class SignalConfig(_Section):
     """Logits are kept as gaps to the largest one, rounded to multiples of this many nats, as a number or a fraction.
     At k 64, 1/16 adds KL 6.5e-5 and takes 34 bytes per token, 1/8 adds 2.6e-4 and takes 24, 1/4 adds 1.0e-3 and
     takes 18. null: float32, exact."""
+    nucleus: NucleusConfig | None = None
+    """Keep fewer ids where fewer hold enough of the probability. null: k at every position."""
+    layout: Literal["plain", "packed"] = "plain"
+    """plain: Arrow columns that any tool decodes with one expression. packed: the same numbers at the smallest size,
+    for archives, which only stillroom reads."""
 
-    def spec(self) -> SignalSpec:
-        return SignalSpec(k=self.k, gap_step=self.gap_step)
+    def spec(self) -> TopKSpec:
+        nucleus = NucleusSpec(self.nucleus.mass, self.nucleus.temperature) if self.nucleus else None
+        return TopKSpec(self.k, self.gap_step, nucleus, self.layout)
+
+
+class SampledConfig(_Section):
+    """Ids drawn from the teacher's distribution: a small, unbiased estimate of all of it, at temperature 1 alone."""
+
+    draws: int = Field(default=50, ge=1, le=32767)
+    """Draws per position, kept as distinct ids with counts."""
+
+
+class HiddenConfig(_Section):
+    """The teacher's final hidden state, from which a student rebuilds the logits of the whole vocabulary with the
+    teacher's output head: faithful at every temperature, at about one byte per channel. The head lies once in each
+    store."""
+
+    dtype: Literal["int16", "int8", "bfloat16"] = "int16"
+    """int16: steps of a size that follows from the output head, entropy-coded: 0.95 bytes a channel. int8: steps
+    measured once on the corpus, when the store is founded: 0.91 bytes, and a third less faithful. bfloat16: 1.43 bytes,
+    and twice as faithful."""
+
+
+class SignalConfig(_Section):
+    """What is kept of the teacher at each position. All of it is part of the store's identity."""
+
+    topk: TopKConfig | None = TopKConfig()
+    """The largest logits of each position, and the rest of the vocabulary as one curve. null: not kept."""
+    sampled: SampledConfig | None = None
+    """Ids drawn from the teacher's distribution. null: not kept."""
+    hidden: HiddenConfig | None = None
+    """The teacher's final hidden state. null: not kept."""
+
+    @model_validator(mode="after")
+    def _something(self) -> "SignalConfig":
+        if self.topk is None and self.sampled is None and self.hidden is None:
+            raise ValueError("nothing is kept: give one or more of topk, sampled and hidden")
+        return self
+
+    def spec(self, *, width: int, calibration: str | None = None) -> SignalSpec:
+        """width: D of the teacher. calibration: digest of the store's vector, for an int8 hidden part."""
+        return SignalSpec(
+            self.topk.spec() if self.topk else None,
+            SampledSpec(self.sampled.draws) if self.sampled else None,
+            HiddenSpec(width, self.hidden.dtype, calibration) if self.hidden else None,
+        )
+
+
+class FidelityConfig(_Section):
+    """How far the stored signal may be from the whole vocabulary's, measured at a few positions that a store keeps in
+    full. A student whose loss and temperature the store does not support within these bounds is refused."""
+
+    positions: int = Field(default=256, ge=0, le=256)
+    """Positions kept in full, 4 bytes × vocabulary each, counted apart. 0: none, and nothing is measured or refused."""
+    max_gradient_angle_deg: float | None = Field(default=30.0, gt=0, le=180)
+    """Largest mean angle, in degrees, between the student's gradient from the stored signal and from the whole
+    vocabulary: top-64 measures 3° at T = 1, 19° at 2 and 60° at 4; 50 draws 24° at 1. null: no bound."""
+    max_kl_added: float | None = Field(default=1e-3, gt=0)
+    """Largest mean KL, in nats, that rounding may add to the teacher's distribution. null: no bound."""
 
 
 class StoreConfig(_Section):
@@ -129,6 +200,8 @@ class Recipe(_Section):
     """The text that the teacher reads and the students learn from."""
     signal: SignalConfig = SignalConfig()
     """What is kept of the teacher at each position."""
+    fidelity: FidelityConfig = FidelityConfig()
+    """How far the stored signal may be from the whole vocabulary's."""
     store: StoreConfig = StoreConfig()
     """Where the teacher's signal is kept, and in what portions."""
     ray: RayConfig = RayConfig()

@@ -6,6 +6,7 @@ once before it is written.
 
 import json
 import textwrap
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +77,18 @@ def _section(model: type[BaseModel], values: dict[str, Any], known: dict[str, An
                 lines += _item(_section(section, item, known, depth + 2), indent)
         elif key in values or (not info.is_required() and info.default is not None):
             lines.append(f"{indent}{key}:")
-            lines += _section(section, values.get(key, {}), known, depth + 1)
+            lines += _section(section, values.get(key) or _started(section, info, known), known, depth + 1)
         else:
             lines.append(f"{indent}# {key}: null")
     return lines
+
+
+def _started(section: type[BaseModel], info: FieldInfo, known: dict[str, Any]) -> dict[str, Any]:
+    """What is set in a section of defaults: nothing, or its first key where an empty section would read as null."""
+    if type(None) not in typing.get_args(info.annotation):
+        return {}
+    key, first = next(iter(keys_of(section).items()))
+    return {key: _default(first, known)}
 
 
 def _item(lines: list[str], indent: str) -> list[str]:

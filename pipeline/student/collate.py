@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stillroom.pipeline.student.losses import Targets
 from stillroom.storage.codecs.tail import tail_lse_at
-from stillroom.storage.records import Pack, TopK
+from stillroom.storage.records import Pack, Signal
 
 
 @dataclass(frozen=True)
@@ -80,16 +80,24 @@ def collate(packs: Seq[Pack], *, packing: bool, temperature: float, vocabulary: 
 def _targets(packs: Seq[Pack], temperature: float, vocabulary: int) -> Targets:
     labels = torch.from_numpy(np.concatenate([pack.labels for pack in packs]).astype(np.int64))
     weights = torch.from_numpy(np.concatenate([pack.weights for pack in packs]).astype(np.float32))
-    blocks = [pack.topk for pack in packs if pack.topk is not None]
+    blocks = [pack.signal for pack in packs if pack.signal is not None]
     if not blocks:
         return Targets(labels, weights)
     assert len(blocks) == len(packs), "packs with and without signal in one batch"
-    topk = TopK.concatenate(blocks)
-    tail_size = vocabulary - topk.ids.shape[1]
-    tail = np.full(len(topk), -np.inf, dtype=np.float32)
-    if tail_size > 0:
-        tail = tail_lse_at(topk.tail_lse, 1.0 / temperature, tail_size)
-    return Targets(
-        labels, weights, torch.from_numpy(topk.ids.astype(np.int64)), torch.from_numpy(topk.logits.astype(np.float32)),
-        torch.from_numpy(tail),
-    )  # fmt: skip
+    signal = Signal.concatenate(blocks)
+    targets: dict[str, Tensor] = {}
+    if signal.topk is not None:
+        topk = signal.topk
+        tail = np.full(len(topk), -np.inf, dtype=np.float32)
+        if topk.ids.shape[1] < vocabulary:
+            tail_size = vocabulary - (topk.ids.shape[1] if topk.counts is None else topk.counts)
+            tail = tail_lse_at(topk.tail_lse, 1.0 / temperature, tail_size)
+        targets["ids"] = torch.from_numpy(topk.ids.astype(np.int64))
+        targets["logits"] = torch.from_numpy(topk.logits.astype(np.float32))
+        targets["tail_lse"] = torch.from_numpy(tail)
+    if signal.sampled is not None:
+        targets["drawn_ids"] = torch.from_numpy(signal.sampled.ids.astype(np.int64))
+        targets["drawn_counts"] = torch.from_numpy(signal.sampled.counts.astype(np.int64))
+    if signal.hidden is not None:
+        targets["hidden"] = torch.from_numpy(signal.hidden)
+    return Targets(labels, weights, **targets)

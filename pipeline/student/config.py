@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from stillroom.storage.errors import RecipeError
+from stillroom.storage.errors import RecipeError, UnsupportedSignal
 from stillroom.storage.identity import canonical_json
-from stillroom.storage.records import digest128
+from stillroom.storage.records import SignalSpec, digest128
 
 #: Fields that cannot change a trained number (device: beyond the noise of its arithmetic). A resumed run may
 #: change them; it may change no other.
@@ -67,6 +67,9 @@ class LossConfig(_Config):
 
     alpha: float = Field(default=0.7, ge=0.0, le=1.0)
     """Weight of the distillation term; the text's own next tokens get 1 − alpha."""
+
+    signal: Literal["auto", "topk", "sampled", "hidden"] = "auto"
+    """Which part of the store teaches. auto: hidden if it is there, else topk, else sampled."""
 
     temperature: float = 2.0
     """T, by which both models' logits are divided in the distillation term. 1 … 10."""
@@ -237,6 +240,22 @@ def student_window(config: StudentConfig, manifest_window: int) -> int:
             f"set it to at most {manifest_window}"
         )
     return config.window or manifest_window
+
+
+def teaching_part(asked: str, spec: SignalSpec) -> str:
+    """Which part of a store teaches: "hidden", "topk" or "sampled".
+
+    asked: `losses.signal`. Raises UnsupportedSignal if the store does not hold it.
+    """
+    held = [part for part in ("hidden", "topk", "sampled") if getattr(spec, part) is not None]
+    if asked == "auto":
+        return held[0]
+    if asked not in held:
+        raise UnsupportedSignal(
+            f"losses.signal is {asked}, the store holds {spec.in_words()}: set it to {' or '.join(held)}, or teach "
+            f"with signal.{asked} into another store"
+        )
+    return asked
 
 
 def advice(config: StudentConfig) -> list[str]:

@@ -19,7 +19,6 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 #: Logits per slice of positions: 256 MiB per float32 buffer, 1,365 positions at V = 49,152.
 SLICE_ELEMENTS = 2**26
@@ -31,8 +30,11 @@ class Targets:
 
     labels: int64 [N], the next token. weights: float32 [N].
     ids: int64 [N, K], distinct in each row; logits: float32 [N, K], raw, in nats; tail_lse: float32 [N],
-    log Σ_{i not kept} exp(z_i / T) at the temperature of the loss, −inf where nothing is left out. All three None
-    for a corpus without signal.
+    log Σ_{i not kept} exp(z_i / T) at the temperature of the loss, −inf where nothing is left out. Where a row keeps
+    fewer than K, its unused slots hold id −1 and logit −inf.
+    drawn_ids: int64 [N, U], drawn_counts: int64 [N, U]: distinct drawn ids of each row, −1 and 0 in unused slots.
+    hidden: float32 [N, D], the teacher's final hidden state.
+    A part that the store does not keep is None; all are for a corpus without signal.
     """
 
     labels: Tensor
@@ -40,6 +42,9 @@ class Targets:
     ids: Tensor | None = None
     logits: Tensor | None = None
     tail_lse: Tensor | None = None
+    drawn_ids: Tensor | None = None
+    drawn_counts: Tensor | None = None
+    hidden: Tensor | None = None
 
     def to(self, device: torch.device) -> "Targets":
         return Targets(*(None if t is None else t.to(device) for t in self._tensors()))  # type: ignore[arg-type]
@@ -94,14 +99,18 @@ def bucket_kl(
 ) -> Tensor:
     """KL(teacher ‖ student) at the temperature, over the K ids and the tail bucket, without T². [N], nats.
 
-    Gradients flow to the student's logits only. A teacher logit of −inf is a probability of zero.
+    Gradients flow to the student's logits only. A teacher logit of −inf is a probability of zero, and an id of −1 an
+    unused slot.
     """
     student_NV = _precise(student_logits_NV) / temperature
     teacher_NK = logits_NK.detach().to(student_NV.dtype) / temperature
     teacher_tail_N = tail_lse_N.detach().to(student_NV.dtype)
     teacher_all_N = torch.logaddexp(torch.logsumexp(teacher_NK, -1), teacher_tail_N)
 
-    kept_NK = student_NV.gather(-1, ids_NK)
+    # An unused slot takes its row's first id, which leaves the tail as it is, and no mass of its own.
+    unused_NK = ids_NK < 0
+    ids_NK = torch.where(unused_NK, ids_NK[:, :1], ids_NK)
+    kept_NK = student_NV.gather(-1, ids_NK).masked_fill(unused_NK, -torch.inf)
     tail_N = _safe_logsumexp(student_NV.scatter(-1, ids_NK, -torch.inf))
     all_N = torch.logaddexp(_safe_logsumexp(kept_NK), tail_N)
 
@@ -139,53 +148,3 @@ def combine(kd: Tensor | None, ce: Tensor | None, *, alpha: float) -> Tensor:
         assert alpha == (0.0 if kd is None else 1.0), alpha
         return present
     return alpha * kd + (1.0 - alpha) * ce
-
-
-def distillation_loss(
-    logits_NV: Tensor,
-    targets: Targets,
-    *,
-    alpha: float,
-    temperature: float,
-    vocabulary: int,
-    slice_elements: int = SLICE_ELEMENTS,
-) -> LossSums:
-    """The loss of N positions, as sums.
-
-    logits_NV: as the student returns them; columns from `vocabulary` on are padding of its head and are cut off
-    before any softmax. The logits themselves exist once, in their own dtype; the float32 work goes in slices of
-    at most `slice_elements` numbers, recomputed in the backward pass.
-    """
-    rows = max(1, slice_elements // vocabulary)
-
-    def one(slice_NV: Tensor, part: Targets) -> tuple[Tensor | None, Tensor | None]:
-        return _parts(slice_NV, part, alpha=alpha, temperature=temperature)
-
-    real_NV = logits_NV[:, :vocabulary]
-    if len(real_NV) <= rows:
-        kd, ce = one(real_NV, targets)
-        return LossSums(combine(kd, ce, alpha=alpha), kd, ce)
-    # split, not indexing: its backward joins the slices once, indexing would add up a full-size zero tensor each.
-    sums = [
-        checkpoint(one, part_NV, part, use_reentrant=False, preserve_rng_state=False)
-        for part_NV, part in zip(slices(real_NV, rows), targets.split(rows), strict=True)
-    ]
-    kd, ce = (None if sums[0][i] is None else torch.stack([s[i] for s in sums]).sum() for i in (0, 1))
-    return LossSums(combine(kd, ce, alpha=alpha), kd, ce)
-
-
-def _parts(
-    logits_NV: Tensor, targets: Targets, *, alpha: float, temperature: float
-) -> tuple[Tensor | None, Tensor | None]:
-    kd = ce = None
-    if alpha > 0:
-        assert targets.ids is not None
-        assert targets.logits is not None
-        assert targets.tail_lse is not None
-        kd = forward_kl(
-            logits_NV, targets.ids, targets.logits, targets.tail_lse,
-            temperature=temperature, weights_N=targets.weights,
-        )  # fmt: skip
-    if alpha < 1:
-        ce = cross_entropy(logits_NV, targets.labels, weights_N=targets.weights)
-    return kd, ce

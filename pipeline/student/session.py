@@ -25,6 +25,7 @@ from stillroom.pipeline.student.model import build_student, load_tokenizer
 from stillroom.pipeline.student.packing import check_packing
 from stillroom.pipeline.student.runlog import RunLog
 from stillroom.pipeline.student.signals import Stop, stopping
+from stillroom.pipeline.student.teaching import TOPK, Teaching
 from stillroom.pipeline.student.trainer import StepResult, Trainer
 from stillroom.storage.errors import StudentError
 from stillroom.storage.manifest import Manifest
@@ -58,6 +59,7 @@ class Session:
         self.window = student_window(self.config, manifest.meta.window)
         self.device = choose_device(self.config.device)
         self.vocabulary = manifest.meta.vocabulary if snapshot is None else snapshot.identity.vocabulary
+        self.teaching = Teaching.of(self.config.losses.signal, snapshot, self.device) if snapshot else TOPK
         self.bindings: Bindings = bindings_of(job, manifest, snapshot)
         self.checkpoints = job.run_dir / "checkpoints"
         self.tokenizer = load_tokenizer(job.tokenizer)
@@ -65,7 +67,12 @@ class Session:
         train = self._stream(start=0)
         self.total_steps = total_steps(self.config, train)
         self.trainer = Trainer(
-            self.model, self.config, vocabulary=self.vocabulary, total_steps=self.total_steps, device=self.device
+            self.model,
+            self.config,
+            vocabulary=self.vocabulary,
+            total_steps=self.total_steps,
+            device=self.device,
+            teaching=self.teaching,
         )
         if self.config.packing:
             check_packing(self.model, first(train), device=self.device)
@@ -116,6 +123,7 @@ class Session:
                 manifest=self.manifest, snapshot=self.snapshot, heldout=heldout, window=self.window,
                 seed=0 if heldout else self.config.seed, pack=self.config.packing, start=start,
                 epochs=1 if heldout else (self.config.epochs or (None if self.config.steps else 1)),
+                parts=self.teaching.reads,
             ),
         )  # fmt: skip
 
@@ -169,7 +177,7 @@ class Session:
             metrics = evaluate(
                 self.model, islice(packs, self.config.eval_packs), packing=self.config.packing,
                 vocabulary=self.vocabulary, device=self.device, autocast=self.trainer.autocast,
-                between=self.stop.check,
+                teaching=self.teaching, between=self.stop.check,
             )  # fmt: skip
         if metrics is None:
             return None

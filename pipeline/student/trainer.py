@@ -18,8 +18,8 @@ from torch import Tensor
 from stillroom.pipeline.student.collate import collate, real_tokens
 from stillroom.pipeline.student.config import StudentConfig
 from stillroom.pipeline.student.forward import logits_at
-from stillroom.pipeline.student.losses import distillation_loss
 from stillroom.pipeline.student.schedules import learning_rate
+from stillroom.pipeline.student.teaching import TOPK, Teaching, distillation_loss
 from stillroom.storage.errors import NonFiniteLoss
 from stillroom.storage.records import Pack
 
@@ -60,13 +60,21 @@ class Trainer:
     """Model, optimizer and the settings of a step."""
 
     def __init__(
-        self, model: Any, config: StudentConfig, *, vocabulary: int, total_steps: int, device: torch.device
+        self,
+        model: Any,
+        config: StudentConfig,
+        *,
+        vocabulary: int,
+        total_steps: int,
+        device: torch.device,
+        teaching: Teaching = TOPK,
     ) -> None:
         self.model = model
         self.config = config
         self.device = device
         self.autocast = use_bf16(config.bf16, device)
         self._vocabulary = vocabulary
+        self._teaching = teaching
         self._total_steps = total_steps
         self.optimizer = torch.optim.AdamW(
             parameter_groups(model, config.weight_decay), lr=config.lr, betas=config.betas
@@ -121,7 +129,7 @@ class Trainer:
                 logits_MV = logits_at(self.model, batch)
             part = distillation_loss(
                 logits_MV, batch.targets, alpha=config.losses.alpha,
-                temperature=config.losses.temperature, vocabulary=self._vocabulary,
+                temperature=config.losses.temperature, vocabulary=self._vocabulary, teaching=self._teaching,
             )  # fmt: skip
             (part.total / weight).backward()
             sums.append((part.total.detach(), _detached(part.kd), _detached(part.ce)))

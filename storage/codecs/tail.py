@@ -27,6 +27,9 @@ STEP = 2.0**-11
 #: 4 · LARGEST / STEP is 2^31.
 LARGEST = 2.0**18
 
+#: V − K, of all positions alike or of each: int [R].
+TailSize = int | Int32
+
 #: With β = 0 in front: the points that the spline runs through.
 GRID = np.array((0.0, *BETAS))
 
@@ -73,14 +76,18 @@ def _spline_matrix(beta: float) -> NDArray[np.float64]:
     return np.asarray(a * identity[i] + b * identity[i + 1] + bend)
 
 
-def tail_lse_at(tail_lse_RG: Float32, beta: float, tail_size: int) -> Float32:
+def tail_lse_at(tail_lse_RG: Float32, beta: float, tail_size: TailSize) -> Float32:
     """lse_tail(β) [R] in nats from the grid; `tail_size` is V − K."""
     weights = interpolation_weights(beta)
-    at_zero = weights[0] * np.log(tail_size)
-    return (tail_lse_RG @ weights[1:].astype(np.float32) + np.float32(at_zero)).astype(np.float32)
+    at_zero = (weights[0] * np.log(tail_size)).astype(np.float32)
+    return np.asarray(tail_lse_RG @ weights[1:].astype(np.float32) + at_zero, np.float32)
 
 
-def encode_tail(tail_lse_RG: Float32, top_logit_R: Float32, tail_size: int) -> Int32:
+def _code_at_zero(tail_size: TailSize) -> NDArray[np.int64]:
+    return np.asarray(np.rint(np.log(tail_size) / STEP), np.int64)
+
+
+def encode_tail(tail_lse_RG: Float32, top_logit_R: Float32, tail_size: TailSize) -> Int32:
     """Codes [R, G], see the module's text. Raises ValueError where a value is not finite or has no code."""
     relative = tail_lse_RG.astype(np.float64) - np.outer(top_logit_R.astype(np.float64), BETAS)
     held = (np.abs(relative) < LARGEST).all(axis=1)
@@ -91,7 +98,7 @@ def encode_tail(tail_lse_RG: Float32, top_logit_R: Float32, tail_size: int) -> I
             f"{tail_lse_RG[row].tolist()} under a top logit of {top_logit_R[row]}"
         )
     points = np.empty((len(relative), len(GRID)), dtype=np.int64)
-    points[:, 0] = round(np.log(tail_size) / STEP)
+    points[:, 0] = _code_at_zero(tail_size)
     np.rint(relative / STEP, out=points[:, 1:], casting="unsafe")
     first = np.diff(points, axis=1)
     codes = first.copy()
@@ -100,10 +107,10 @@ def encode_tail(tail_lse_RG: Float32, top_logit_R: Float32, tail_size: int) -> I
     return codes.astype(np.int32)
 
 
-def decode_tail(codes_RG: Int32, top_logit_R: Float32, tail_size: int) -> Float32:
+def decode_tail(codes_RG: Int32, top_logit_R: Float32, tail_size: TailSize) -> Float32:
     """lse_tail [R, G] in nats, to within STEP/2 of what was encoded."""
     points = np.cumsum(codes_RG, axis=1, dtype=np.int64)
     np.cumsum(points, axis=1, out=points)
-    points += round(np.log(tail_size) / STEP)
+    points += np.atleast_1d(_code_at_zero(tail_size))[:, None]
     relative = points.astype(np.float32) * np.float32(STEP)
     return relative + np.outer(top_logit_R, np.array(BETAS, dtype=np.float32))

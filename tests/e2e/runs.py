@@ -22,6 +22,7 @@ import yaml
 
 from stillroom.pipeline.console import Console
 from stillroom.pipeline.plan import Plan, make_plan
+from stillroom.pipeline.precompute import _payloads, _truth_wanted
 from stillroom.pipeline.recipe import load_recipe
 from stillroom.pipeline.recipe.schema import Recipe
 from stillroom.pipeline.sources import Sources
@@ -52,7 +53,7 @@ class Setup:
 
     @staticmethod
     def make(folder: Path, documents: list[str], *, teacher: dict[str, Any] | None = None, **over: Any) -> "Setup":
-        """over: dotted recipe keys with __ for the dot, such as signal__k=4."""
+        """over: dotted recipe keys with __ for the dot, such as signal__topk__k=4."""
         folder.mkdir(parents=True, exist_ok=True)
         tiny_teacher(folder / "teacher", **(teacher or {}))
         write_corpus(folder / "corpus.jsonl", documents)
@@ -61,7 +62,9 @@ class Setup:
             "run_dir": str(folder / "run"),
             "teacher": {"model": str(folder / "teacher"), "dtype": "float32", "device": "cpu", "batch_tokens": 256},
             "corpus": {"sources": [str(folder / "corpus.jsonl")], "window": 32, "overlap": 4, "heldout": 0.1},
-            "signal": {"k": 8},
+            "signal": {"topk": {"k": 8}},
+            # Random teachers are flat: the top 8 hold a hundredth of the mass. What is refused is tested by itself.
+            "fidelity": {"positions": 16, "max_gradient_angle_deg": None},
             "store": {"path": str(folder / "store"), "unit_tokens": 256},
             "ray": {"actors": 2},
             "students": [
@@ -124,12 +127,14 @@ def rows(store: Store) -> dict[str, dict[str, Any]]:
     """Every committed sequence's arrays, by digest."""
     found = {}
     for stored in store.sequences():
-        assert stored.topk is not None
+        assert stored.signal is not None
+        topk = stored.signal.topk
+        assert topk is not None
         found[stored.sequence.digest] = {
             "input_ids": stored.sequence.input_ids,
-            "ids": stored.topk.ids,
-            "logits": stored.topk.logits,
-            "tail_lse": stored.topk.tail_lse,
+            "ids": topk.ids,
+            "logits": topk.logits,
+            "tail_lse": topk.tail_lse,
         }
     return found
 
@@ -178,10 +183,8 @@ def distil(setup: Setup, *overrides: str) -> tuple[Recipe, Sources, Plan]:
     plan = make_plan(manifest, store, unit_tokens=recipe.store.unit_tokens, seed=0)
     if plan.pending:
         actor = TeacherActor(sources.teacher_spec(), store.identity, store.uri)
-        receipts = []
-        for unit in plan.pending:
-            sequences = [row.sequence for row in manifest.rows([plan.rows[s] for s in unit.sequences])]
-            receipts.append(actor.score_unit(unit, sequences))
+        work = _payloads(plan, manifest, _truth_wanted(recipe, plan, store))
+        receipts = [actor.score_unit(*payload) for payload in work]
         assert len(store.commit(receipts)) == len(plan.pending)
         actor.release()
     return recipe, sources, plan

@@ -95,17 +95,17 @@ class TestSettings:
     def test_another_signal_than_the_stores_is_named(self, fresh: Setup, say: Any) -> None:
         distil(fresh)
         before = open_store(str(store_of(fresh))).committed()
-        said = say("teach", fresh, "signal.k=16")
-        said.refused(1, "'k': 8", "'k': 16", "store.path of its own")
+        said = say("teach", fresh, "signal.topk.k=16")
+        said.refused(1, "signal: store top-8 (1/8 nat), asked top-16 (1/8 nat)", "store.path of its own")
         assert "removing that folder" not in said.object["error"]
         assert open_store(str(store_of(fresh))).committed() == before
 
     def test_an_empty_store_of_another_signal_may_be_removed(self, fresh: Setup, say: Any) -> None:
         Sources(fresh.recipe(), Console(quiet=True)).store()
-        say("teach", fresh, "signal.k=16").refused(1, "'k': 16", "removing that folder")
+        say("teach", fresh, "signal.topk.k=16").refused(1, "asked top-16", "removing that folder")
 
     def test_k_beyond_the_vocabulary_founds_no_store(self, fresh: Setup, say: Any) -> None:
-        say("teach", fresh, "signal.k=320").refused(2, "signal.k is 320, expected 1 to 319")
+        say("teach", fresh, "signal.topk.k=320").refused(2, "signal.topk.k is 320, expected 1 to 319")
         assert not store_of(fresh).exists()
 
     def test_a_window_beyond_the_teachers_positions(self, fresh: Setup, say: Any) -> None:
@@ -129,7 +129,7 @@ def test_plan_looks_and_founds_nothing(fresh: Setup, say: Any) -> None:
     assert said.object["estimate"]["bytes"] > 0
     assert not store_of(fresh).exists()
     # So a setting may still be changed after it has been seen.
-    assert say("plan", fresh, "signal.k=4").object["estimate"]["bytes"] < said.object["estimate"]["bytes"]
+    assert say("plan", fresh, "signal.topk.k=4").object["estimate"]["bytes"] < said.object["estimate"]["bytes"]
 
 
 @pytest.mark.real

@@ -42,9 +42,9 @@ def check_rows(setup: Setup, *, vocabulary: int) -> None:
     for digest in list(rows(open_store(str(setup.folder / "store"))))[:3]:
         stored, logits = live_logits(setup, digest)
         wanted = logits[stored.sequence.first_position :, :vocabulary]
-        kept = np.take_along_axis(wanted, stored.topk.ids.astype(np.int64), axis=1)
-        np.testing.assert_allclose(stored.topk.logits, kept, atol=1 / 16 + 1e-4)
-        np.testing.assert_array_equal(stored.topk.ids[:, 0], wanted.argmax(axis=1))
+        kept = np.take_along_axis(wanted, stored.signal.topk.ids.astype(np.int64), axis=1)
+        np.testing.assert_allclose(stored.signal.topk.logits, kept, atol=1 / 16 + 1e-4)
+        np.testing.assert_array_equal(stored.signal.topk.ids[:, 0], wanted.argmax(axis=1))
 
 
 def test_vocabulary_above_131072(tmp_path: Path) -> None:

@@ -1,22 +1,34 @@
-"""Made the stores beside this file. Run it only for a new format version: `python -m tests.golden.make v2`.
+"""Made the stores beside this file: `python -m tests.golden.make`, for a new format version or a new kind of signal.
 
-Committed files of older versions are never made anew: that today's code reads them, bit for bit, is their use.
-What they hold is written out in `expected.json`, numbers as hexadecimal floats.
+It adds what is not there. A store that is there is never made anew, of whatever version: that today's code reads it,
+bit for bit, is its use.
+What they hold is written out in `expected.json`, numbers as hexadecimal floats: the manifest's digest, and under its
+name what a reader sees of each store. v1 is of format 1, v2 of format 2.
 """
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from stillroom.storage.records import Sequence
+from stillroom.storage.identity import FORMAT_VERSION
+from stillroom.storage.records import HiddenSpec, NucleusSpec, SampledSpec, Sequence, Signal, SignalSpec, TopKSpec
 from stillroom.storage.store import Store, open_store
 from tests.strategies import manifest_row, tiny_identity, tiny_manifest, tiny_store
 
 HERE = Path(__file__).parent
-STEPS = {"int16": 1 / 8, "float32": None}
+
+#: What the stores keep, by their folders' names. Of format 1: int16 and float32.
+SIGNALS = {
+    "int16": SignalSpec(TopKSpec(4, 1 / 8)),
+    "float32": SignalSpec(TopKSpec(4, None)),
+    "nucleus": SignalSpec(TopKSpec(6, 1 / 16, NucleusSpec(0.9, 2.0))),
+    "sampled": SignalSpec(sampled=SampledSpec(20)),
+    "hidden": SignalSpec(hidden=HiddenSpec(8, "bfloat16")),
+    "all": SignalSpec(TopKSpec(4, 1 / 8), SampledSpec(20), HiddenSpec(8, "bfloat16")),
+}
 
 
 def golden_sequences() -> list[Sequence]:
@@ -38,29 +50,46 @@ def contents(store: Store) -> dict[str, Any]:
                 "digest": s.sequence.digest,
                 "context": s.sequence.context,
                 "input_ids": s.sequence.input_ids.tolist(),
-                "topk_ids": s.topk.ids.tolist(),
-                "logits": [[float(x).hex() for x in row] for row in s.topk.logits],
-                "tail_lse": [[float(x).hex() for x in row] for row in s.topk.tail_lse],
+                **signal_contents(s.signal),
             }
             for s in store.sequences()
-            if s.topk is not None
+            if s.signal is not None
         ],
     }
 
 
+def signal_contents(signal: Signal) -> dict[str, Any]:
+    """What is there of the parts; a nucleus without the slots that it does not use."""
+    said: dict[str, Any] = {}
+    if signal.topk:
+        kept, ids = signal.topk.kept.tolist(), signal.topk.ids.tolist()
+        said["topk_ids"] = [row[:n] for row, n in zip(ids, kept, strict=True)]
+        said["logits"] = [row[:n] for row, n in zip(_hex(signal.topk.logits), kept, strict=True)]
+        said["tail_lse"] = _hex(signal.topk.tail_lse)
+    if signal.sampled:
+        drawn = (signal.sampled.counts > 0).sum(axis=1).tolist()
+        for name, part in (("sampled_ids", signal.sampled.ids), ("sampled_counts", signal.sampled.counts)):
+            said[name] = [row[:n] for row, n in zip(part.tolist(), drawn, strict=True)]
+    if signal.hidden is not None:
+        said["hidden"] = _hex(signal.hidden)
+    return said
+
+
+def _hex(array: NDArray[np.float32]) -> list[list[str]]:
+    return [[float(x).hex() for x in row] for row in array]
+
+
 def make(folder: Path) -> None:
-    sequences = golden_sequences()
-    expected: dict[str, Any] = {}
-    for name, step in STEPS.items():
-        tiny_store(folder / name, sequences, identity=tiny_identity(gap_step=step), per_unit=3)
+    sequences, path = golden_sequences(), folder / "expected.json"
+    expected: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    for name in SIGNALS.keys() - expected.keys():
+        tiny_store(folder / name, sequences, identity=tiny_identity(signal=SIGNALS[name]), per_unit=3)
         expected[name] = contents(open_store(str(folder / name)))
-    rows = [manifest_row(s, weight=n / 2, document=n, heldout=n == 3) for n, s in enumerate(sequences)]
-    expected["manifest"] = tiny_manifest(folder / "manifest.parquet", rows).digest
-    (folder / "expected.json").write_text(json.dumps(expected) + "\n")
+    if "manifest" not in expected:
+        rows = [manifest_row(s, weight=n / 2, document=n, heldout=n == 3) for n, s in enumerate(sequences)]
+        expected["manifest"] = tiny_manifest(folder / "manifest.parquet", rows).digest
+    path.write_text(json.dumps(expected, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":
-    target = HERE / sys.argv[1]
-    if target.exists():
-        sys.exit(f"{target} exists: stores of a version that was released are kept as they are")
-    make(target)
+    make(HERE / f"v{FORMAT_VERSION}")

@@ -68,9 +68,9 @@ class TestGrammar:
         with pytest.raises(SystemExit) as left:
             parse(["--help"])
         assert left.value.code == 0
-        listed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("    ")]
-        assert [word for word in listed if word.isalpha() and word != "teaches"] == [
-            "init", "run", "plan", "teach", "train", "evaluate", "ls", "inspect", "verify",
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("    ") and line[4] != " "]
+        assert [word for word in (line.split()[0] for line in lines) if word.isalpha()] == [
+            "init", "run", "plan", "teach", "train", "evaluate", "ls", "inspect", "verify", "gc", "transcode",
         ]  # fmt: skip
 
     def test_version(self, capsys: pytest.CaptureFixture[str]) -> None:
@@ -83,10 +83,10 @@ class TestGrammar:
 class TestErrors:
     def test_a_recipe_error_is_one_line_and_exit_code_2(self, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
         for command in RECIPE_COMMANDS:
-            assert main([command, "recipe.yaml", "signal.kk=3"]) == 2
+            assert main([command, "recipe.yaml", "signal.topk.kk=3"]) == 2
             out, err = capsys.readouterr()
             assert out == ""
-            assert err == "stillroom: error: command line: unknown key signal.kk (did you mean k?)\n"
+            assert err == "stillroom: error: command line: unknown key signal.topk.kk (did you mean k?)\n"
 
     def test_usage_is_exit_code_2(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["runn"]) == 2
@@ -134,9 +134,9 @@ class TestCommands:
 
     def test_reference(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["init", "--reference"]) == 0
-        assert "signal.k  (whole number, at least 1; default 64)" in capsys.readouterr().out
+        assert "signal.topk.k  (whole number, at least 1; default 64)" in capsys.readouterr().out
         assert main(["init", "--reference", "--json"]) == 0
-        assert {row["key"] for row in json.loads(capsys.readouterr().out)["fields"]} > {"signal.k", "ray.actors"}
+        assert {row["key"] for row in json.loads(capsys.readouterr().out)["fields"]} > {"signal.topk.k", "ray.actors"}
 
     def test_ls_of_an_empty_folder(self, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["ls", ".", "--json"]) == 0

@@ -119,7 +119,7 @@ def test_a_table_on_a_plain_stream_is_wide_and_literal() -> None:
 class TestResults:
     RESULT = {  # noqa: RUF012
         "store": "here", "size_bytes": 1_300_000, "wall_s": 200, "tokens_per_s": 168.25, "ratio": None, "done": True,
-        "signal": {"k": 64}, "problems": [],
+        "signal": {"topk": {"k": 64}}, "problems": [],
         "stores": [{"name": "a", "inner": {"bytes": 10}}, {"name": "b", "x": [1, 2]}],
     }  # fmt: skip
 
@@ -139,7 +139,7 @@ class TestResults:
         print_tables(self.RESULT, stream)
         words = [line.split() for line in stream.getvalue().splitlines() if line.split()]
         for row in (["store", "here"], ["size", "bytes", "1.3", "MB"], ["wall", "s", "3", "min", "20", "s"],
-                    ["tokens", "per", "s", "168"], ["ratio", "–"], ["done", "yes"], ["signal.k", "64"],
+                    ["tokens", "per", "s", "168"], ["ratio", "–"], ["done", "yes"], ["signal.topk.k", "64"],
                     ["problems", "none"], ["stores"], ["name", "inner.bytes", "x"], ["a", "10", "B", "–"],
                     ["b", "–", "1,", "2"]):  # fmt: skip
             assert row in words

@@ -1,45 +1,106 @@
 """Stores that older code wrote are read bit for bit by today's. tests/golden/make.py tells how they were made."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
+from stillroom.storage.identity import FORMAT_VERSION
 from stillroom.storage.manifest import Manifest
-from stillroom.storage.store import open_store
+from stillroom.storage.records import Sequence, SignalSpec, TopKSpec
+from stillroom.storage.snapshot import Snapshot
+from stillroom.storage.store import create_store, open_store
 from stillroom.storage.stream import Stream
 from stillroom.storage.verify import verify_store
-from tests.golden.make import HERE, STEPS, contents, golden_sequences
+from tests.golden.make import HERE, SIGNALS, contents, golden_sequences
+from tests.strategies import tiny_identity, unit_of, write_unit
 
-VERSIONS = sorted(path.name for path in HERE.iterdir() if (path / "expected.json").exists())
+EXPECTED = {path.parent.name: json.loads(path.read_text()) for path in sorted(HERE.glob("*/expected.json"))}
+STORES = [(version, name) for version in EXPECTED for name in EXPECTED[version] if name != "manifest"]
 
+#: Over the files of a released version, by `_digest`. They are not made anew for anything.
+RELEASED = {"v1": "9bf5008c07ef643031c9fa825e6f43c34e45a3c533356b272824bfabfbbd89da"}
 
-@pytest.fixture(params=VERSIONS)
-def golden(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A copy: reading must not need to write, but a failing test must not change the original."""
-    return Path(shutil.copytree(HERE / request.param, tmp_path / request.param))
-
-
-def test_the_first_version_is_there() -> None:
-    assert "v1" in VERSIONS
+#: Identities of the stores of format 1. Every shard of theirs states one.
+V1_IDS = {"int16": "2260e4ab4c183430ee34c1073cb540ae", "float32": "727ce5d8ae7f7ae1d4ff3698fdb54bc6"}
 
 
-@pytest.mark.parametrize("name", STEPS)
-def test_a_store_is_read_bit_for_bit(golden: Path, name: str) -> None:
-    expected = json.loads((golden / "expected.json").read_text())
-    assert contents(open_store(str(golden / name))) == expected[name]
-    assert verify_store(str(golden / name))["problems"] == []
-    assert len(expected[name]["sequences"]) == len(golden_sequences())
+def _digest(folder: Path) -> str:
+    found = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        found.update(
+            f"{path.relative_to(folder).as_posix()} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode()
+        )
+    return found.hexdigest()
 
 
-@pytest.mark.parametrize("name", STEPS)
-def test_its_manifest_and_stream_are_read(golden: Path, name: str) -> None:
-    manifest = Manifest.open(golden / "manifest.parquet")
+def copy(version: str, to: Path) -> Path:
+    """Reading must not need to write, but a failing test must not change the original."""
+    return Path(shutil.copytree(HERE / version, to / version))
+
+
+def test_there_is_one_of_every_format_and_signal() -> None:
+    assert sorted(EXPECTED) == [f"v{number}" for number in range(1, FORMAT_VERSION + 1)]
+    assert set(EXPECTED["v1"]) == {*V1_IDS, "manifest"}
+    assert set(EXPECTED[f"v{FORMAT_VERSION}"]) == {*SIGNALS, "manifest"}
+
+
+@pytest.mark.parametrize("version", RELEASED)
+def test_what_was_released_is_untouched(version: str) -> None:
+    assert _digest(HERE / version) == RELEASED[version]
+
+
+@pytest.mark.parametrize(("version", "name"), STORES)
+def test_a_store_is_read_bit_for_bit(tmp_path: Path, version: str, name: str) -> None:
+    store, expected = open_store(str(copy(version, tmp_path) / name)), EXPECTED[version][name]
+    assert f"v{store.identity.format}" == version
+    assert store.identity.signal == SIGNALS[name]
+    assert contents(store) == expected
+    assert verify_store(store.uri)["problems"] == []
+    assert len(expected["sequences"]) == len(golden_sequences())
+
+
+@pytest.mark.parametrize(("version", "name"), STORES)
+def test_its_manifest_and_stream_are_read(tmp_path: Path, version: str, name: str) -> None:
+    folder = copy(version, tmp_path)
+    manifest = Manifest.open(folder / "manifest.parquet")
     manifest.verify()
-    assert manifest.digest == json.loads((golden / "expected.json").read_text())["manifest"]
-    snapshot = open_store(str(golden / name)).snapshot()
+    assert manifest.digest == EXPECTED[version]["manifest"]
+    snapshot = open_store(str(folder / name)).snapshot()
     packs = list(Stream(manifest=manifest, snapshot=snapshot, window=16, epochs=1))
     assert sorted(d for p in packs for d in p.sequences) == sorted(
         s.digest for n, s in enumerate(golden_sequences()) if n != 3
     )
+    assert all(p.signal is not None and len(p.signal) == len(p.positions) for p in packs)
+
+
+@pytest.mark.parametrize("name", V1_IDS)
+def test_the_identity_of_format_1_stays(name: str) -> None:
+    identity = open_store(str(HERE / "v1" / name)).identity
+    assert (identity.id, identity.format) == (V1_IDS[name], 1)
+    assert EXPECTED["v1"][name]["identity"] == V1_IDS[name]
+
+
+@pytest.mark.parametrize("name", V1_IDS)
+def test_a_store_of_format_1_grows_in_its_own_format(tmp_path: Path, name: str) -> None:
+    """A recipe asks for today's format. The store keeps its own, and old and new shards are read side by side."""
+    uri = str(copy("v1", tmp_path) / name)
+    step = SIGNALS[name].topk.gap_step  # type: ignore[union-attr]
+    store = create_store(uri, tiny_identity(signal=SignalSpec(TopKSpec(4, step))))
+    assert (store.identity.id, store.identity.format) == (V1_IDS[name], 1)
+    late = [Sequence(np.arange(20, 27, dtype=np.int32))]
+    store.save_plan([unit_of(late)])
+    (receipt,) = store.commit([write_unit(store, late)])
+    footer: dict[str, Any] = store.reader(receipt.shard).footer
+    assert (footer["format"], footer["identity"]) == (1, V1_IDS[name])
+    assert footer["signal"] == {"k": 4, "gap_step": step}
+    again = open_store(uri)
+    digests = [s.sequence.digest for s in again.sequences()]
+    assert sorted(digests) == sorted(s.digest for s in [*golden_sequences(), *late])
+    assert verify_store(uri)["problems"] == []
+    again.snapshot().write(tmp_path / "snapshot.parquet")
+    assert Snapshot.read(tmp_path / "snapshot.parquet").identity == again.identity

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from deltalake import DeltaTable
 
@@ -15,6 +16,8 @@ from stillroom.storage.log import CommitLog
 from stillroom.storage.records import Receipt
 from tests.strategies import named_receipt as receipt
 
+SCHEMA = pa.schema([pa.field("sequence", pa.string(), nullable=False)])
+
 
 def units(receipts: list[Receipt]) -> list[int]:
     return sorted(int(r.shard.unit, 16) for r in receipts)
@@ -22,7 +25,7 @@ def units(receipts: list[Receipt]) -> list[int]:
 
 @pytest.fixture
 def uri(tmp_path: Path) -> str:
-    CommitLog.create(str(tmp_path), 1 / 8)
+    CommitLog.create(str(tmp_path), SCHEMA)
     return str(tmp_path)
 
 
@@ -127,7 +130,7 @@ def test_processes_that_commit_the_same_units_at_once(uri: str) -> None:
 
 def test_handles_that_create_a_log_at_once_share_one(tmp_path: Path) -> None:
     with ThreadPoolExecutor(6) as pool:
-        logs = list(pool.map(lambda _: CommitLog.create(str(tmp_path), None), range(6)))
+        logs = list(pool.map(lambda _: CommitLog.create(str(tmp_path), SCHEMA), range(6)))
     for number, log in enumerate(logs):
         log.commit([receipt(number)])
     assert len(CommitLog.open(str(tmp_path)).refs()) == 6
@@ -183,7 +186,7 @@ def test_two_files_of_a_unit_in_a_hand_edited_log_give_the_same_one_to_everybody
     chosen = []
     for order in ((0, 1), (1, 0)):
         root = f"{uri}/{order[0]}"
-        log = CommitLog.create(root, None)
+        log = CommitLog.create(root, SCHEMA)
         for version, writer in enumerate(order, start=1):
             ref = receipt(1, writer=writer).shard
             add = {"path": ref.path, "size": ref.size_bytes, "partitionValues": {}, "modificationTime": 0,

@@ -11,20 +11,34 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from stillroom.storage.codecs.topk import TopKCodec
+from stillroom.storage.codecs.signal import VALUES_PER_GROUP, SignalCodec
 from stillroom.storage.errors import CorruptShard, FormatMismatch, StoreError
 from stillroom.storage.files import LocalFiles, sha256_hex
 from stillroom.storage.identity import Identity
-from stillroom.storage.records import Sequence, ShardRef, TopK
-from stillroom.storage.schema import KEPT_PER_GROUP
+from stillroom.storage.records import Sequence, ShardRef, Signal, SignalSpec, TopK, TopKSpec
 from stillroom.storage.shard import ShardReader, parse_shard_path, row_groups, shard_path, write_shard
-from tests.strategies import digest_teacher, random_sequences, random_topk, tiny_identity, topk_of, unit_of
+from tests.strategies import (
+    digest_teacher,
+    random_sequences,
+    random_topk,
+    round_trip,
+    tiny_identity,
+    topk_of,
+    unit_of,
+)
 
 IDENTITY = tiny_identity()
 
 
-def blocks_of(sequences: list[Sequence], identity: Identity = IDENTITY) -> list[TopK]:
-    return [topk_of(digest_teacher(s, identity.vocabulary), identity.signal.k) for s in sequences]
+def blocks_of(sequences: list[Sequence], identity: Identity = IDENTITY) -> list[Signal]:
+    assert identity.signal.topk is not None
+    k = identity.signal.topk.k
+    return [Signal(topk_of(digest_teacher(s, identity.vocabulary), k)) for s in sequences]
+
+
+def _topk(signal: Signal) -> TopK:
+    assert signal.topk is not None
+    return signal.topk
 
 
 @pytest.fixture
@@ -42,16 +56,16 @@ def ref(files: LocalFiles, sequences: list[Sequence]) -> ShardRef:
     return write_shard(files, IDENTITY, unit_of(sequences), sequences, blocks_of(sequences), {"made": "up"})
 
 
-@given(st.lists(st.integers(1, 9000), min_size=1, max_size=60), st.sampled_from([1, 8, 64, 512, KEPT_PER_GROUP * 2]))
+@given(st.lists(st.integers(1, 9000), min_size=1, max_size=60), st.sampled_from([1, 8, 64, 512, VALUES_PER_GROUP * 2]))
 @example([2048, 2048, 1], 64)
 def test_row_groups_partition_the_rows(rows: list[int], k: int) -> None:
-    groups = row_groups(rows, k)
+    groups = row_groups(rows, SignalSpec(TopKSpec(k)))
     assert [i for group in groups for i in group] == list(range(len(rows)))
     held = [sum(rows[i] for i in group) * k for group in groups]
     for group, kept in zip(groups, held, strict=True):
-        assert kept <= KEPT_PER_GROUP or len(group) == 1, "only a row too long by itself may exceed the limit"
+        assert kept <= VALUES_PER_GROUP or len(group) == 1, "only a row too long by itself may exceed the limit"
     for group, kept, after in zip(groups, held, groups[1:], strict=False):
-        assert kept + rows[after.start] * k > KEPT_PER_GROUP, f"{group} had room for the next row"
+        assert kept + rows[after.start] * k > VALUES_PER_GROUP, f"{group} had room for the next row"
 
 
 @pytest.mark.parametrize("gap_step", [None, 1 / 8])
@@ -60,18 +74,19 @@ def test_what_is_written_is_read(files: LocalFiles, sequences: list[Sequence], g
     blocks = blocks_of(sequences)
     ref = write_shard(files, identity, unit_of(sequences), sequences, blocks, {"torch": "2"})
     reader = ShardReader(files, ref, identity)
-    codec = TopKCodec(identity.signal, identity.vocabulary)
+    codec = SignalCodec(identity.signal, identity.vocabulary)
     stored = list(reader)
     assert [s.sequence.digest for s in stored] == [s.digest for s in sequences]
     assert [s.sequence.context for s in stored] == [s.context for s in sequences]
     for s, sequence, block in zip(stored, sequences, blocks, strict=True):
-        assert s.topk is not None
-        assert len(s.topk) == sequence.rows
-        expected = codec.decode(codec.encode(block))
+        assert s.signal is not None
+        assert len(s.signal) == sequence.rows
+        topk = _topk(s.signal)
+        expected = _topk(round_trip(codec, block))
         assert np.array_equal(s.sequence.input_ids, sequence.input_ids)
-        assert np.array_equal(s.topk.ids, expected.ids)
-        assert np.array_equal(s.topk.logits, expected.logits)
-        assert np.array_equal(s.topk.tail_lse, expected.tail_lse)
+        assert np.array_equal(topk.ids, expected.ids)
+        assert np.array_equal(topk.logits, expected.logits)
+        assert np.array_equal(topk.tail_lse, expected.tail_lse)
     assert reader.digests() == [s.digest for s in sequences]
     assert reader.footer["provenance"] == {"torch": "2"}
     assert ref.size_bytes == (files.root / ref.path).stat().st_size
@@ -83,16 +98,16 @@ def test_row_groups_of_a_file_are_those_of_the_plan(files: LocalFiles) -> None:
     identity = tiny_identity(k=32, vocabulary=64)
     sequences = random_sequences(rng, 30, shortest=500, longest=1000)
     unit = unit_of(sequences)
-    blocks = [random_topk(rng, s.rows, 32, 64) for s in sequences]
+    blocks = [Signal(random_topk(rng, s.rows, 32, 64)) for s in sequences]
     reader = ShardReader(files, write_shard(files, identity, unit, sequences, blocks, {}), identity)
-    groups = row_groups(unit.rows, 32)
+    groups = row_groups(unit.rows, identity.signal)
     assert reader.groups == len(groups) > 1
     # Last group first: any group can be read by itself.
     for number in reversed(range(reader.groups)):
         read = reader.read_group(number)
         assert [s.sequence.digest for s in read] == [sequences[i].digest for i in groups[number]]
         assert all(
-            s.topk is not None and np.array_equal(s.topk.ids, blocks[i].ids)
+            s.signal is not None and np.array_equal(_topk(s.signal).ids, _topk(blocks[i]).ids)
             for s, i in zip(read, groups[number], strict=True)
         )
 
@@ -206,8 +221,8 @@ def test_files_that_are_no_shards_are_refused(files: LocalFiles, ref: ShardRef) 
             ShardReader(files, _forged(files, plain.replace_schema_metadata({"stillroom": text}), ref), IDENTITY)
     with pytest.raises(CorruptShard, match="is unit None"):
         ShardReader(files, _forged(files, plain.replace_schema_metadata({"stillroom": '{"format": 1}'}), ref), IDENTITY)
-    text = json.dumps({"format": 1, "unit": ref.unit, "identity": IDENTITY.id})
-    with pytest.raises(FormatMismatch, match="other columns than a shard of format 1: a int64"):
+    text = json.dumps({"format": 2, "unit": ref.unit, "identity": IDENTITY.id})
+    with pytest.raises(FormatMismatch, match=r"other columns than a shard of format 2 .*: a int64"):
         ShardReader(files, _forged(files, plain.replace_schema_metadata({"stillroom": text}), ref), IDENTITY)
     digest = sha256_hex(b"not Parquet at all")
     files.write(shard_path(ref.unit, digest), b"not Parquet at all")
@@ -222,7 +237,7 @@ def test_columns_of_the_wrong_lengths_are_refused(files: LocalFiles, ref: ShardR
     short = pa.array([row[:-1] for row in table["topk_ids"].to_pylist()], field.type)
     forged = table.set_column(table.column_names.index("topk_ids"), field, short)
     reader = ShardReader(files, _forged(files, forged, ref), IDENTITY)
-    with pytest.raises(CorruptShard, match="k=4"):
+    with pytest.raises(CorruptShard, match="column topk_ids has"):
         reader.read_group(0)
 
 

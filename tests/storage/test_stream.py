@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stillroom.storage.codecs.topk import TopKCodec
+from stillroom.storage.codecs.signal import SignalCodec
 from stillroom.storage.errors import CorruptShard, IdentityMismatch, StoreError, UsageError
 from stillroom.storage.manifest import Manifest, ManifestRow
-from stillroom.storage.records import Pack, Sequence, TopK
+from stillroom.storage.records import Pack, Sequence, Signal
 from stillroom.storage.snapshot import Snapshot
 from stillroom.storage.store import Store
 from stillroom.storage.stream import Stream
@@ -21,6 +21,7 @@ from tests.strategies import (
     digest_teacher,
     manifest_row,
     random_sequences,
+    round_trip,
     tiny_identity,
     tiny_manifest,
     tiny_store,
@@ -78,8 +79,10 @@ def stream(manifest: Manifest, snapshot: Snapshot | None, **options: Any) -> Str
 def key(pack: Pack) -> tuple[Any, ...]:
     """Everything that a student sees of a pack, to the bit."""
     arrays: list[Any] = [pack.input_ids, pack.position_ids, pack.segment_ids, pack.positions, pack.labels, pack.weights]
-    if pack.topk is not None:
-        arrays += [pack.topk.ids, pack.topk.logits, pack.topk.tail_lse]
+    if pack.signal is not None:
+        topk = pack.signal.topk
+        assert topk is not None
+        arrays += [topk.ids, topk.logits, topk.tail_lse]
     return (pack.epoch, pack.index, pack.sequences, *(a.tobytes() for a in arrays))
 
 
@@ -123,7 +126,7 @@ def test_packs_are_what_the_contract_says(
     manifest: Manifest, snapshot: Snapshot, corpus: list[ManifestRow], pack: bool, signal: bool
 ) -> None:
     """Every pack against a reference made of loops: segments, positions, labels, weights and the teacher's rows."""
-    codec = TopKCodec(snapshot.identity.signal, 40)
+    codec = SignalCodec(snapshot.identity.signal, 40)
     rows = [row for row in corpus if not row.heldout]
     left = dict(enumerate(rows))
     for p in stream(manifest, snapshot if signal else None, pack=pack):
@@ -147,21 +150,21 @@ def test_packs_are_what_the_contract_says(
             assert p.position_ids[at : at + length].tolist() == list(range(length))
             assert p.segment_ids[at : at + length].tolist() == [number] * length
             if signal:
-                said = codec.decode(codec.encode(topk_of(digest_teacher(row.sequence, 40), 4)))
+                said = round_trip(codec, Signal(topk_of(digest_teacher(row.sequence, 40), 4)))
                 kept = [t - row.sequence.first_position for t, _ in given]
-                trained.append(TopK(said.ids[kept], said.logits[kept], said.tail_lse[kept]))
+                trained.append(said[np.array(kept, np.int64)])
             at += length
         padding = len(p.input_ids) - at
         assert pack or padding == 0
         assert p.segment_ids[at:].tolist() == [-1] * padding
         assert p.position_ids[at:].tolist() == list(range(padding))
         assert len(p.positions) == len(p.labels) == len(p.weights)
-        assert (p.topk is not None) == signal
-        if p.topk is not None:
-            expected = TopK.concatenate(trained)
-            assert len(p.topk) == len(p.positions)
+        assert (p.signal is not None) == signal
+        if p.signal is not None:
+            expected = Signal.concatenate(trained)
+            assert len(p.signal) == len(p.positions)
             for name in ("ids", "logits", "tail_lse"):
-                assert np.array_equal(getattr(p.topk, name), getattr(expected, name))
+                assert np.array_equal(getattr(p.signal.topk, name), getattr(expected.topk, name))
     assert not left, "every row was served with its own mask and weight"
 
 
@@ -349,7 +352,8 @@ def test_one_token_sequences_train_nothing_and_break_nothing(tmp_path: Path) -> 
             assert sum(len(p.sequences) for p in packs) == 3
             assert all(len(p.positions) == len(p.labels) == len(p.weights) == 0 for p in packs)
             if source is not None:
-                assert all(p.topk is not None and p.topk.ids.shape == (0, 4) for p in packs)
+                topks = [p.signal.topk for p in packs if p.signal is not None]
+                assert [topk.ids.shape for topk in topks if topk is not None] == [(0, 4)] * len(packs)
 
 
 def test_a_sequence_in_two_units_is_served_once(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from stillroom.storage.codecs.tail import (
     tail_lse_at,
 )
 from stillroom.storage.codecs.topk import TopKCodec
-from stillroom.storage.records import BETAS, SignalSpec, TopK
-from tests.strategies import exact_lse, topk_of
+from stillroom.storage.records import BETAS, TopK, TopKSpec
+from tests.strategies import exact_lse, round_trip, topk_of
 
 TEMPERATURES = np.unique(np.concatenate([np.linspace(1, 10, 91), 1 / np.array(BETAS)]))
 
@@ -146,8 +146,8 @@ def test_full_log_partition_is_rebuilt_within_a_thousandth(k: int) -> None:
     """
     vocabulary = 20_000
     logits = _zipf_logits(np.random.default_rng(7), 12, vocabulary)
-    codec = TopKCodec(SignalSpec(k, None), vocabulary)
-    stored = codec.decode(codec.encode(topk_of(logits, k)))
+    codec = TopKCodec(TopKSpec(k, None), vocabulary)
+    stored = round_trip(codec, topk_of(logits, k))
     worst = max(
         float(np.abs(_rebuilt_lse(stored, 1 / t, vocabulary - k) - exact_lse(logits, 1 / t)).max())
         for t in TEMPERATURES

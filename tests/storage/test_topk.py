@@ -5,10 +5,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stillroom.storage.codecs.columns import flat
 from stillroom.storage.codecs.tail import STEP, tail_lse_at
 from stillroom.storage.codecs.topk import TopKCodec
-from stillroom.storage.records import BETAS, SignalSpec, TopK
-from tests.strategies import exact_lse, random_logits, random_topk, topk_of
+from stillroom.storage.records import BETAS, TopK, TopKSpec
+from tests.strategies import columns_of, exact_lse, random_logits, random_topk, round_trip, topk_of
 
 STEPS = [None, 1 / 16, 1 / 8, 1 / 4, 1 / 2]
 EPS = float(np.finfo(np.float32).eps)
@@ -35,8 +36,8 @@ def test_round_trip(seed: int, step: float | None, vocabulary: int, rows: int, s
     k = int(rng.integers(1, vocabulary))
     logits = random_logits(rng, rows, vocabulary, spread=spread, offset=offset)
     block = topk_of(logits, k)
-    codec = TopKCodec(SignalSpec(k, step), vocabulary)
-    back = codec.decode(codec.encode(block))
+    codec = TopKCodec(TopKSpec(k, step), vocabulary)
+    back = round_trip(codec, block)
 
     assert np.array_equal(back.ids, block.ids)
     assert back.logits.dtype == back.tail_lse.dtype == np.float32
@@ -62,19 +63,20 @@ def test_round_trip(seed: int, step: float | None, vocabulary: int, rows: int, s
 def test_the_stated_expression_is_the_decoding(step: float | None) -> None:
     """`top_logit - topk_gap * step`, as FORMAT.md tells other readers, to the bit."""
     block = random_topk(np.random.default_rng(0), 5, 6, 50)
-    codec = TopKCodec(SignalSpec(6, step), 50)
-    columns = codec.encode(block)
-    gaps = columns.topk_gap.reshape(5, 6).astype(np.float32) * np.float32(1 if step is None else step)
-    assert columns.topk_gap.dtype == (np.float32 if step is None else np.int16)
-    assert np.array_equal(columns.top_logit[:, None] - gaps, codec.decode(columns).logits)
+    codec = TopKCodec(TopKSpec(6, step), 50)
+    columns = columns_of(codec, block)
+    codes, top = (flat(columns[name])[0] for name in ("topk_gap", "top_logit"))
+    gaps = codes.reshape(5, 6).astype(np.float32) * np.float32(1 if step is None else step)
+    assert codes.dtype == (np.float32 if step is None else np.int16)
+    assert np.array_equal(top[:, None] - gaps, round_trip(codec, block).logits)
 
 
 @pytest.mark.parametrize("k", [1, 39])
 def test_smallest_and_largest_k(k: int) -> None:
     """k = 1 keeps a row of one; at k = V − 1 the tail is a single id, whose logit it then is at β = 1."""
     logits = random_logits(np.random.default_rng(2), 7, 40)
-    codec = TopKCodec(SignalSpec(k, 1 / 8), 40)
-    back = codec.decode(codec.encode(topk_of(logits, k)))
+    codec = TopKCodec(TopKSpec(k, 1 / 8), 40)
+    back = round_trip(codec, topk_of(logits, k))
     assert back.ids.shape == (7, k)
     if k == 39:
         assert np.abs(back.tail_lse[:, -1] - logits.min(axis=1)).max() <= STEP / 2 + 1e-5
@@ -84,16 +86,16 @@ def test_ids_above_two_to_the_seventeenth() -> None:
     vocabulary = 262_144
     logits = np.random.default_rng(5).normal(size=(2, vocabulary)).astype(np.float32)
     logits[:, 262_143], logits[:, 131_072] = 30.0, 29.0
-    codec = TopKCodec(SignalSpec(3, 1 / 8), vocabulary)
-    back = codec.decode(codec.encode(topk_of(logits, 3)))
+    codec = TopKCodec(TopKSpec(3, 1 / 8), vocabulary)
+    back = round_trip(codec, topk_of(logits, 3))
     assert back.ids[:, :2].tolist() == [[262_143, 131_072]] * 2
     assert back.ids.dtype == np.int32
 
 
 def test_ties_keep_their_order_and_are_accepted() -> None:
     block = topk_of(np.array([[1.0, 5.0, 5.0, 5.0, 0.0]]), 3)
-    codec = TopKCodec(SignalSpec(3, 1 / 8), 5)
-    back = codec.decode(codec.encode(block))
+    codec = TopKCodec(TopKSpec(3, 1 / 8), 5)
+    back = round_trip(codec, block)
     assert back.ids.tolist() == [[1, 2, 3]]
     assert back.logits.tolist() == [[5.0, 5.0, 5.0]]
 
@@ -114,54 +116,54 @@ def block() -> TopK:
     return random_topk(np.random.default_rng(9), 5, 4, 40)
 
 
-CODEC = TopKCodec(SignalSpec(4, 1 / 8), 40)
+CODEC = TopKCodec(TopKSpec(4, 1 / 8), 40)
 
 
 def test_what_the_contract_allows_is_accepted(block: TopK) -> None:
     """The refusals below are of the change that each makes, not of the block they start from."""
-    assert len(CODEC.encode(_with(block)).topk_ids) == 20
+    assert len(flat(columns_of(CODEC, _with(block))["topk_ids"])[0]) == 20
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("rank", [0, 3])
 def test_a_logit_that_is_not_finite_is_refused_by_row(block: TopK, value: float, rank: int) -> None:
     with pytest.raises(ValueError, match="row 3 is not 4 distinct ids"):
-        CODEC.encode(_with(block, logits=_changed(block.logits, (3, rank), value)))
+        columns_of(CODEC, _with(block, logits=_changed(block.logits, (3, rank), value)))
 
 
 def test_a_whole_row_of_infinities_is_refused_by_row(block: TopK) -> None:
     logits = block.logits.copy()
     logits[2] = -np.inf
     with pytest.raises(ValueError, match="row 2 is not 4 distinct ids"):
-        CODEC.encode(_with(block, logits=logits))
+        columns_of(CODEC, _with(block, logits=logits))
 
 
 @pytest.mark.parametrize("identifier", [40, -1, 2**31 - 1])
 def test_an_id_outside_the_vocabulary_is_refused_by_row(block: TopK, identifier: int) -> None:
     with pytest.raises(ValueError, match="row 4 is not 4 distinct ids below 40"):
-        CODEC.encode(_with(block, ids=_changed(block.ids, (4, 1), identifier)))
+        columns_of(CODEC, _with(block, ids=_changed(block.ids, (4, 1), identifier)))
 
 
 def test_a_repeated_id_is_refused_by_row(block: TopK) -> None:
     with pytest.raises(ValueError, match="row 1 is not 4 distinct ids"):
-        CODEC.encode(_with(block, ids=_changed(block.ids, (1, 3), int(block.ids[1, 0]))))
+        columns_of(CODEC, _with(block, ids=_changed(block.ids, (1, 3), int(block.ids[1, 0]))))
 
 
 def test_logits_out_of_order_are_refused_by_row(block: TopK) -> None:
     logits = block.logits.copy()
     logits[2] = logits[2, ::-1]
     with pytest.raises(ValueError, match=r"row 2 is not .* by falling finite logit"):
-        CODEC.encode(_with(block, logits=logits))
+        columns_of(CODEC, _with(block, logits=logits))
 
 
 def test_a_tail_that_is_not_finite_is_refused_by_row(block: TopK) -> None:
     with pytest.raises(ValueError, match="row 2"):
-        CODEC.encode(_with(block, tail_lse=_changed(block.tail_lse, (2, 5), np.nan)))
+        columns_of(CODEC, _with(block, tail_lse=_changed(block.tail_lse, (2, 5), np.nan)))
 
 
 def test_a_short_row_is_refused(block: TopK) -> None:
     with pytest.raises(ValueError, match=r"\(5, 3\).*expected both \(5, 4\)"):
-        CODEC.encode(_with(block, ids=block.ids[:, :3], logits=block.logits[:, :3]))
+        columns_of(CODEC, _with(block, ids=block.ids[:, :3], logits=block.logits[:, :3]))
 
 
 @pytest.mark.parametrize(
@@ -169,38 +171,38 @@ def test_a_short_row_is_refused(block: TopK) -> None:
 )
 def test_another_dtype_is_refused(block: TopK, field: str, dtype: type) -> None:
     with pytest.raises(ValueError, match="expected int32 and float32"):
-        CODEC.encode(_with(block, **{field: getattr(block, field).astype(dtype)}))
+        columns_of(CODEC, _with(block, **{field: getattr(block, field).astype(dtype)}))
 
 
 def test_another_number_of_grid_points_is_refused(block: TopK) -> None:
     with pytest.raises(ValueError, match=r"tail_lse \(5, 9\), expected \(5, 10\)"):
-        CODEC.encode(_with(block, tail_lse=block.tail_lse[:, :9]))
+        columns_of(CODEC, _with(block, tail_lse=block.tail_lse[:, :9]))
 
 
 def test_a_gap_beyond_int16_is_refused_by_row_with_a_step_that_holds_it(block: TopK) -> None:
     far = _changed(block.logits, (3, 3), float(block.logits[3, 0]) - 5000)
     with pytest.raises(ValueError, match=r"row 3.*5000 nats.*gap_step above 0\.15"):
-        CODEC.encode(_with(block, logits=far))
-    wide = TopKCodec(SignalSpec(4, 1 / 4), 40)
-    assert wide.decode(wide.encode(_with(block, logits=far))).logits[3, 3] == pytest.approx(far[3, 3], abs=1 / 8)
+        columns_of(CODEC, _with(block, logits=far))
+    wide = TopKCodec(TopKSpec(4, 1 / 4), 40)
+    assert round_trip(wide, _with(block, logits=far)).logits[3, 3] == pytest.approx(far[3, 3], abs=1 / 8)
 
 
 def test_a_gap_beyond_float32_is_refused_by_row(block: TopK) -> None:
     """Both ends are finite, their difference is not: it would come back as −inf."""
     logits = block.logits.copy()
     logits[1, 0], logits[1, 3] = 3e38, -3e38
-    exact = TopKCodec(SignalSpec(4, None), 40)
+    exact = TopKCodec(TopKSpec(4, None), 40)
     with pytest.raises(ValueError, match="row 1"):
-        exact.encode(_with(block, logits=logits))
+        columns_of(exact, _with(block, logits=logits))
 
 
 @pytest.mark.parametrize("k", [0, 40, 41])
 def test_k_outside_one_to_below_the_vocabulary_is_refused(k: int) -> None:
     """At k = V there is no tail, and its log-partition at β = 0 would be log 0."""
     with pytest.raises(ValueError, match=r"k=.* 1 … 39"):
-        TopKCodec(SignalSpec(k, None), 40)
+        TopKCodec(TopKSpec(k, None), 40)
 
 
 def test_no_positions_make_no_columns() -> None:
     empty = TopK(np.zeros((0, 4), np.int32), np.zeros((0, 4), np.float32), np.zeros((0, len(BETAS)), np.float32))
-    assert len(CODEC.decode(CODEC.encode(empty))) == 0
+    assert len(round_trip(CODEC, empty)) == 0

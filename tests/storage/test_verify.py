@@ -7,7 +7,7 @@ import pytest
 
 from stillroom.storage.errors import StoreError
 from stillroom.storage.query import inspect_store, list_stores
-from stillroom.storage.records import Sequence, TopK
+from stillroom.storage.records import HiddenSpec, NucleusSpec, SampledSpec, Sequence, Signal, SignalSpec, TopKSpec
 from stillroom.storage.shard import write_shard
 from stillroom.storage.store import Store, create_store
 from stillroom.storage.verify import verify_store
@@ -78,11 +78,11 @@ def test_a_missing_shard_is_reported_by_name_and_the_rest_is_read(store: Store) 
     report = verify_store(store.uri)
     (problem,) = report["problems"]
     assert problem["shard"] == sorted(ref.path for ref in store.committed().values())[1]
-    assert "No such file" in problem["problem"]
+    assert problem["problem"] == "the log names it, and it is not in the store"
     assert report["alignment"]["+1"] == 1.0
 
 
-def _commit(store: Store, sequences: list[Sequence], blocks: list[TopK]) -> str:
+def _commit(store: Store, sequences: list[Sequence], blocks: list[Signal]) -> str:
     """Commit blocks that the codec accepts, whatever they mean."""
     unit = unit_of(sequences)
     store.save_plan([unit])
@@ -96,7 +96,7 @@ def _commit(store: Store, sequences: list[Sequence], blocks: list[TopK]) -> str:
 def test_shifted_rows_are_reported(tmp_path: Path, sequences: list[Sequence], roll: int, at: str) -> None:
     """The mistake that trains every student a token too late: digests are right, rows are in the wrong place."""
     store = create_store(str(tmp_path / "s"), tiny_identity())
-    blocks = [topk_of(np.roll(next_token_teacher(s, 40), roll, axis=0), 4) for s in sequences]
+    blocks = [Signal(topk_of(np.roll(next_token_teacher(s, 40), roll, axis=0), 4)) for s in sequences]
     _commit(store, sequences, blocks)
     (problem,) = verify_store(store.uri)["problems"]
     assert "rows look shifted" in problem["problem"]
@@ -120,9 +120,9 @@ def test_a_text_of_one_token_is_not_reported_as_shifted(tmp_path: Path) -> None:
 
 def test_a_tail_that_is_no_log_partition_is_reported(tmp_path: Path, sequences: list[Sequence]) -> None:
     store = create_store(str(tmp_path / "s"), tiny_identity())
-    blocks = [topk_of(next_token_teacher(s, 40), 4) for s in sequences]
-    blocks[2].tail_lse[1, 4] += 0.5
-    path = _commit(store, sequences, blocks)
+    topks = [topk_of(next_token_teacher(s, 40), 4) for s in sequences]
+    topks[2].tail_lse[1, 4] += 0.5
+    path = _commit(store, sequences, [Signal(topk) for topk in topks])
     (problem,) = verify_store(store.uri)["problems"]
     assert problem["shard"] == path
     assert sequences[2].digest in problem["problem"]
@@ -184,3 +184,58 @@ def test_inspection_of_a_damaged_store_names_the_file(store: Store, damage, numb
     damage(path)
     with pytest.raises(StoreError, match=path.name):
         inspect_store(store.uri)
+
+
+@pytest.fixture
+def nucleus_store(tmp_path: Path, sequences: list[Sequence]) -> Store:
+    """Rows of one to six ids."""
+    identity = tiny_identity(signal=SignalSpec(TopKSpec(6, 1 / 8, NucleusSpec(0.9))))
+    store = tiny_store(tmp_path / "n", sequences, identity=identity, per_unit=10, teacher=next_token_teacher)
+    kept = [s.signal.topk.kept for s in store.sequences() if s.signal is not None and s.signal.topk is not None]
+    assert set(np.concatenate(kept).tolist()) > {1, 2, 6}
+    return store
+
+
+def test_a_clean_store_of_nuclei_has_no_problems(nucleus_store: Store, sequences: list[Sequence]) -> None:
+    """Unused slots are no logits that are not finite, no ids outside the vocabulary and no repeated ones."""
+    report = verify_store(nucleus_store.uri)
+    assert report["problems"] == []
+    assert report["rows"] == sum(s.rows for s in sequences)
+    assert report["alignment"]["+1"] == 1.0
+
+
+def test_inspection_shows_of_a_nucleus_what_it_keeps(nucleus_store: Store, sequences: list[Sequence]) -> None:
+    shown = inspect_store(nucleus_store.uri, unit_of(sequences[:10]).id, positions=99)
+    stored = {s.sequence.digest: s.signal for s in nucleus_store.sequences()}
+    for sequence in shown["sequences"]:
+        signal = stored[sequence["sequence"]]
+        assert signal is not None
+        assert signal.topk is not None
+        for p, kept in zip(sequence["positions"], signal.topk.kept.tolist(), strict=True):
+            assert len(p["top_ids"]) == len(p["top_probabilities"]) == min(kept, 5)
+            assert min(p["top_ids"]) >= 0
+
+
+@pytest.mark.parametrize(
+    ("signal", "words"),
+    [
+        (SignalSpec(TopKSpec(6, 1 / 8, NucleusSpec(0.9))), "top-6 (1/8 nat, nucleus 0.9)"),
+        (SignalSpec(sampled=SampledSpec(9)), "9 draws"),
+        (SignalSpec(TopKSpec(4), hidden=HiddenSpec(8, "bfloat16")), "top-4 (1/8 nat) + hidden bfloat16 (8)"),
+    ],
+)
+def test_any_signal_is_verified_listed_and_inspected(
+    tmp_path: Path, sequences: list[Sequence], signal: SignalSpec, words: str
+) -> None:
+    identity = tiny_identity(signal=signal)
+    store = tiny_store(tmp_path / "any", sequences[:6], identity=identity, teacher=next_token_teacher)
+    report = verify_store(store.uri)
+    assert report["problems"] == []
+    assert report["rows"] == sum(s.rows for s in sequences[:6])
+    (listed,) = list_stores(str(tmp_path / "any"))
+    assert listed["signal"] == words
+    inspected = inspect_store(store.uri)
+    assert ("logit" in inspected) == (signal.topk is not None)
+    assert inspected["identity_parts"]["signal"] == signal.as_dict()
+    unit = inspect_store(store.uri, unit_of(sequences[:5]).id)
+    assert [s["sequence"] for s in unit["sequences"]] == [s.digest for s in sequences[:5]]

@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from stillroom.pipeline.student.collate import collate, real_tokens
+from stillroom.storage.codecs.tail import tail_lse_at
 from stillroom.storage.records import Pack, Sequence, TopK
+from tests.strategies import ragged_topk_of
 from tests.student.world import pack_of, topk_of
 
 
@@ -82,6 +84,22 @@ def test_with_the_whole_vocabulary_kept_there_is_no_tail() -> None:
     batch = collate([pack_of([s], [full], window=8)], packing=True, temperature=3.0, vocabulary=50)
     assert batch.targets.tail_lse is not None
     assert torch.isneginf(batch.targets.tail_lse).all()
+
+
+def test_each_row_of_a_nucleus_has_a_tail_of_its_own_size() -> None:
+    """Between grid points the tail depends on log(V − K), K being the row's."""
+    s, counts = sequence(4), np.array([1, 4, 2, 3], np.int32)
+    z = 3 * torch.randn(4, 50, generator=torch.Generator().manual_seed(5))
+    block = ragged_topk_of(z.double().numpy(), counts)
+    targets = collate([pack_of([s], [block], window=8)], packing=True, temperature=3.3, vocabulary=50).targets
+    assert targets.ids is not None
+    assert targets.logits is not None
+    assert targets.tail_lse is not None
+    assert ((targets.ids >= 0).sum(-1).numpy() == counts[:3]).all()
+    assert torch.equal(targets.ids < 0, torch.isneginf(targets.logits))
+    for row, count in enumerate(counts[:3].tolist()):
+        alone = tail_lse_at(block.tail_lse[row : row + 1], 1 / 3.3, 50 - count)
+        assert targets.tail_lse[row].item() == pytest.approx(alone.item(), abs=1e-6)
 
 
 def test_padding_is_not_counted() -> None:

@@ -15,9 +15,9 @@ from stillroom.pipeline.student.losses import (
     bucket_kl,
     combine,
     cross_entropy,
-    distillation_loss,
     forward_kl,
 )
+from stillroom.pipeline.student.teaching import distillation_loss
 from stillroom.storage.records import Sequence
 from tests.student.world import pack_of, topk_of
 
@@ -96,6 +96,27 @@ def test_the_stored_tail_grid_serves_temperatures_between_its_points() -> None:
     assert torch.equal(ids, torch.from_numpy(topk.ids).long())
     got_N = bucket_kl(student_NV, ids, kept, targets.tail_lse, temperature=3.3)
     assert (got_N - bucket_kl(student_NV, ids, kept, tail, temperature=3.3)).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_rows_that_keep_different_numbers_of_ids(temperature: float) -> None:
+    """A nucleus: each row's loss and gradient are those of the row alone with a k of its own, to float64's rounding."""
+    teacher_NV, student = logits(1, n=4), logits(2, n=4).requires_grad_()
+    ids_NK = torch.full((4, 9), -1)
+    kept_NK, tails = torch.full((4, 9), -torch.inf, dtype=torch.float64), []
+    for row, count in enumerate((3, 1, 9, 5)):
+        ids, kept, tail = keep(teacher_NV[row : row + 1], count, temperature)
+        ids_NK[row, :count], kept_NK[row, :count] = ids[0], kept[0]
+        tails.append(tail)
+    got_N = bucket_kl(student, ids_NK, kept_NK, torch.cat(tails), temperature=temperature)
+    (gradient,) = torch.autograd.grad(got_N.sum(), student)
+    for row, count in enumerate((3, 1, 9, 5)):
+        alone = student.detach()[row : row + 1].requires_grad_()
+        wanted = bucket_kl(alone, *keep(teacher_NV[row : row + 1], count, temperature), temperature=temperature)
+        wanted.sum().backward()
+        assert alone.grad is not None
+        assert got_N[row].item() == pytest.approx(wanted.item(), abs=1e-12)
+        assert (gradient[row] - alone.grad[0]).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("k", [1, 5, 11])

@@ -14,7 +14,7 @@ from stillroom.storage.files import open_files
 from stillroom.storage.identity import Identity, tokenizer_digest
 from stillroom.storage.manifest import ManifestMeta, ManifestRow
 from stillroom.storage.manifest_writer import ManifestWriter
-from stillroom.storage.records import BETAS, Pack, Sequence, SignalSpec, TopK, Unit
+from stillroom.storage.records import BETAS, Pack, Sequence, Signal, SignalSpec, TopK, TopKSpec, Unit
 from stillroom.storage.shard import StoredSequence, write_shard
 from stillroom.storage.snapshot import Snapshot
 from stillroom.storage.stream import assemble
@@ -44,7 +44,7 @@ def score(model: Any, sequence: Sequence, *, vocabulary: int, k: int) -> TopK:
 
 def pack_of(sequences: list[Sequence], topks: list[TopK] | None, *, window: int, index: int = 0) -> Pack:
     """Sequences laid into one pack by the stream's own hand, every token learned."""
-    blocks = topks if topks is not None else [None] * len(sequences)
+    blocks = [Signal(topk) for topk in topks] if topks is not None else [None] * len(sequences)
     masks = [np.ones(len(s.input_ids), dtype=bool) for s in sequences]
     return assemble(
         [StoredSequence(s, b) for s, b in zip(sequences, blocks, strict=True)],
@@ -112,15 +112,15 @@ def build_world(folder: Path, *, arch: str = "llama", layers: int = 4, padded: i
                 config={}, inputs="",
             )
         )  # fmt: skip
-    identity = Identity(
-        "tiny", "weights", "config", digest, vocabulary, "float32", None, SignalSpec(k=k, gap_step=None)
-    )
+    identity = Identity("tiny", "weights", "config", digest, vocabulary, "float32", None, SignalSpec(TopKSpec(k, None)))
     _write_shards(folder / "store", identity, list({s.digest: s for s in sequences}.values()), teacher, folder)
     return World(teacher, folder / "manifest.parquet", folder / "snapshot.parquet", vocabulary)
 
 
 def _write_shards(root: Path, identity: Identity, sequences: list[Sequence], teacher: Path, folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32).eval()
+    topk = identity.signal.topk
+    assert topk is not None
     root.mkdir()
     files = open_files(str(root))
     units, refs = [], {}
@@ -129,7 +129,7 @@ def _write_shards(root: Path, identity: Identity, sequences: list[Sequence], tea
         unit = Unit(
             tuple(s.digest for s in part), tuple(len(s.input_ids) for s in part), tuple(s.context for s in part)
         )
-        blocks = [score(model, s, vocabulary=identity.vocabulary, k=identity.signal.k) for s in part]
+        blocks = [Signal(score(model, s, vocabulary=identity.vocabulary, k=topk.k)) for s in part]
         ref = write_shard(files, identity, unit, part, blocks, {})
         units.append(unit)
         refs[unit.id] = ref

@@ -14,14 +14,14 @@ from safetensors.torch import load_file, save_file
 from stillroom.storage.errors import BadLogits, IdentityMismatch
 from stillroom.storage.files import open_files
 from stillroom.storage.identity import Identity
-from stillroom.storage.records import Sequence, SignalSpec, TopK, Unit
+from stillroom.storage.records import Sequence, SignalSpec, TopK, TopKSpec, Unit
 from stillroom.storage.shard import ShardReader
 from stillroom.workers.actor import TeacherActor, remote_actor
 from stillroom.workers.teacher import TeacherSpec
 from stillroom.workers.torch_teacher import TorchTeacher
 from tests.tiny import tiny_teacher
 
-EXACT = SignalSpec(k=12, gap_step=None)
+EXACT = SignalSpec(TopKSpec(12, None))
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +51,10 @@ def work(vocabulary: int, seed: int) -> tuple[Unit, list[Sequence]]:
     return Unit(tuple(s.digest for s in sequences), tokens, tuple(s.context for s in sequences)), sequences
 
 
-def assert_near(got: TopK, want: TopK) -> None:
+def assert_near(got: TopK | None, want: TopK | None) -> None:
     """As near as the codec leaves them: gaps in float32, the tail rounded."""
+    assert got is not None
+    assert want is not None
     np.testing.assert_array_equal(got.ids, want.ids)
     np.testing.assert_allclose(got.logits, want.logits, atol=1e-6)
     np.testing.assert_allclose(got.tail_lse, want.tail_lse, atol=1e-2)
@@ -69,10 +71,10 @@ def test_a_unit_becomes_a_shard_and_a_receipt(
     assert receipt.batches == len(teacher.batches(sequences)) == 2
     assert receipt.shard.unit == unit.id
     reader = ShardReader(open_files(str(tmp_path / "store")), receipt.shard, identity)
-    for stored, sequence, block in zip(reader, sequences, teacher.score(sequences, k=12), strict=True):
+    for stored, sequence, block in zip(reader, sequences, teacher.score(sequences, signal=EXACT), strict=True):
         assert stored.sequence.digest == sequence.digest
-        assert stored.topk is not None
-        assert_near(stored.topk, block)
+        assert stored.signal is not None
+        assert_near(stored.signal.topk, block.topk)
     assert reader.footer["provenance"] == teacher.provenance(sequences)
     assert actor.score_unit(unit, sequences).shard == receipt.shard
 

@@ -13,10 +13,11 @@ from transformers import AutoModelForCausalLM
 
 from stillroom.storage.codecs.tail import tail_lse_at
 from stillroom.storage.codecs.topk import TopKCodec
-from stillroom.storage.records import Sequence, SignalSpec, TopK
+from stillroom.storage.records import Sequence, Signal, SignalSpec, TopK, TopKSpec
 from stillroom.workers.source import load_tokenizer, resolve_model
 from stillroom.workers.teacher import TeacherSpec
 from stillroom.workers.torch_teacher import TorchTeacher
+from tests.strategies import round_trip
 
 pytestmark = pytest.mark.real
 
@@ -40,7 +41,8 @@ def _scored() -> tuple[TopK, NDArray[np.float64]]:
     ids = np.array(load_tokenizer(folder)(text()[:12_000])["input_ids"], dtype=np.int32)
     sequences = [Sequence(ids[start : start + 160]) for start in (0, 700, 1400)]
     teacher = TorchTeacher(TeacherSpec(folder=folder, dtype="float32", device="cpu", threads=1))
-    kept = TopK.concatenate(teacher.score(sequences, k=K))
+    kept = Signal.concatenate(teacher.score(sequences, signal=SignalSpec(TopKSpec(K)))).topk
+    assert kept is not None
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.inference_mode():
         logits = [model(torch.tensor(s.input_ids, dtype=torch.long)[None]).logits[0].double() for s in sequences]
@@ -60,11 +62,11 @@ def test_kept_logits_are_the_models_own(scored: tuple[TopK, NDArray[np.float64]]
 
 def test_the_partition_function_is_rebuilt_at_every_temperature(scored: tuple[TopK, NDArray[np.float64]]) -> None:
     kept, logits = scored
-    codec = TopKCodec(SignalSpec(K, gap_step=None), logits.shape[1])
-    block = codec.decode(codec.encode(kept))
+    codec = TopKCodec(TopKSpec(K, gap_step=None), logits.shape[1])
+    block = round_trip(codec, kept)
     worst = 0.0
     for temperature in TEMPERATURES:
-        tail = tail_lse_at(block.tail_lse, 1 / temperature, codec.tail_size).astype(np.float64)
+        tail = tail_lse_at(block.tail_lse, 1 / temperature, logits.shape[1] - K).astype(np.float64)
         rebuilt = np.logaddexp(lse(block.logits.astype(np.float64) / temperature), tail)
         worst = max(worst, float(np.abs(rebuilt - lse(logits / temperature)).max()))
     assert worst < 1e-3
@@ -73,13 +75,13 @@ def test_the_partition_function_is_rebuilt_at_every_temperature(scored: tuple[To
 def test_what_the_default_quantisation_costs(scored: tuple[TopK, NDArray[np.float64]]) -> None:
     """KL(exact ‖ stored) over the kept ids and the tail at T = 1: 2.6e-4 nats at a step of 1/8."""
     kept, logits = scored
-    codec = TopKCodec(SignalSpec(K), logits.shape[1])
+    codec = TopKCodec(TopKSpec(K), logits.shape[1])
 
     def log_probabilities(block: TopK) -> NDArray[np.float64]:
         parts = np.concatenate([block.logits, block.tail_lse[:, -1:]], axis=1).astype(np.float64)
         return np.asarray(parts - lse(parts)[:, None])
 
-    exact, stored = log_probabilities(kept), log_probabilities(codec.decode(codec.encode(kept)))
+    exact, stored = log_probabilities(kept), log_probabilities(round_trip(codec, kept))
     added = (np.exp(exact) * (exact - stored)).sum(axis=1).mean()
     assert 0 < added < 5e-4
     np.testing.assert_allclose(np.exp(stored).sum(axis=1), 1.0, atol=1e-6)

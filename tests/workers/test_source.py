@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from stillroom.storage.errors import TeacherError
-from stillroom.storage.records import Sequence
+from stillroom.storage.records import Sequence, SignalSpec, TopKSpec
 from stillroom.workers.digests import file_sha256, model_digests, weight_files
 from stillroom.workers.source import cache_folder, load_tokenizer, resolve_model
 from stillroom.workers.teacher import TeacherSpec
@@ -39,8 +39,9 @@ def test_a_gguf_file_becomes_a_faithful_teacher_once(tmp_path: Path, capfd: pyte
     assert tokenizer.decode(tokenizer("the copper cools")["input_ids"]) == "the copper cools"
     assert tokenizer.chat_template
     teacher = TorchTeacher(TeacherSpec(folder=folder, threads=1, device="cpu"))
-    [block] = teacher.score([Sequence(np.arange(9, dtype=np.int32))], k=5)
-    assert block.ids.shape == (9, 5)
+    [block] = teacher.score([Sequence(np.arange(9, dtype=np.int32))], signal=SignalSpec(TopKSpec(5)))
+    assert block.topk is not None
+    assert block.topk.ids.shape == (9, 5)
     written = (folder / "model.safetensors").stat().st_mtime_ns
     assert resolve_model(str(tmp_path / "still.gguf"), cache_dir=tmp_path / "cache") == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == written

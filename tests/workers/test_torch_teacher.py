@@ -13,9 +13,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stillroom.storage.errors import BadLogits, TeacherError
 from stillroom.storage.identity import Identity, real_vocabulary
-from stillroom.storage.records import BETAS, Sequence, SignalSpec, TopK
+from stillroom.storage.records import (
+    BETAS,
+    HiddenSpec,
+    NucleusSpec,
+    SampledSpec,
+    Sequence,
+    Signal,
+    SignalSpec,
+    TopK,
+    TopKSpec,
+)
 from stillroom.workers.teacher import TeacherSpec
 from stillroom.workers.torch_teacher import TorchTeacher
+from tests.strategies import exact_lse
 from tests.tiny import tiny_teacher
 
 K = 16
@@ -64,6 +75,12 @@ def sequences(vocabulary: int, lengths: tuple[int, ...] = (40, 7, 1, 23, 23, 2))
     ]
 
 
+def score(teacher: TorchTeacher, sequences: list[Sequence], *, k: int) -> list[TopK]:
+    """The k largest logits and the tail of each sequence, as the teacher gives them."""
+    blocks = [signal.topk for signal in teacher.score(sequences, signal=SignalSpec(TopKSpec(k)))]
+    return [block for block in blocks if block is not None]
+
+
 @torch.inference_mode()
 def full_logits(folder: Path, sequence: Sequence, vocabulary: int) -> np.ndarray[Any, np.dtype[np.float64]]:
     """[R, V] of one document alone."""
@@ -90,7 +107,7 @@ def test_like_each_document_alone(folder: Folder, arch: str, padded: int) -> Non
     where = folder(arch, padded=padded)
     teacher = TorchTeacher(spec(where, batch_tokens=64, slice_positions=9))
     asked = sequences(teacher.vocabulary)
-    blocks = teacher.score(asked, k=K)
+    blocks = score(teacher, asked, k=K)
     for sequence, block in zip(asked, blocks, strict=True):
         assert len(block) == sequence.rows
         assert int(block.ids.max()) < teacher.vocabulary
@@ -105,7 +122,7 @@ def test_batch_and_slice_sizes_change_nothing_but_last_bits(
     teacher = TorchTeacher(spec(folder("llama"), batch_tokens=batch_tokens, slice_positions=slice_positions))
     asked = sequences(teacher.vocabulary)
     for order in (list(range(6)), [5, 2, 0, 4, 1, 3]):
-        for i, block in zip(order, teacher.score([asked[i] for i in order], k=K), strict=True):
+        for i, block in zip(order, score(teacher, [asked[i] for i in order], k=K), strict=True):
             assert_rows(block, full_logits(folder("llama"), asked[i], teacher.vocabulary))
 
 
@@ -118,7 +135,7 @@ def test_rows_are_bit_equal_for_any_thread_count(folder: Folder) -> None:
             where = folder("qwen3", head_dim=16)
             teacher = TorchTeacher(spec(where, batch_tokens=64, slice_positions=9, threads=threads))
             asked = sequences(teacher.vocabulary)
-            results.append(teacher.score(asked, k=K) + teacher.score([Sequence(asked[1].input_ids)], k=K))
+            results.append(score(teacher, asked, k=K) + score(teacher, [Sequence(asked[1].input_ids)], k=K))
     finally:
         torch.set_num_threads(before)
     for blocks in results[1:]:
@@ -130,7 +147,7 @@ def test_rows_are_bit_equal_for_any_thread_count(folder: Folder) -> None:
 def test_rows_are_bit_equal_for_any_order_of_equal_shapes(folder: Folder) -> None:
     teacher = TorchTeacher(spec(folder("llama"), batch_tokens=64))
     asked = [Sequence(s.input_ids) for s in sequences(teacher.vocabulary, (16,) * 6)]
-    forward, backward = teacher.score(asked, k=K), teacher.score(asked[::-1], k=K)[::-1]
+    forward, backward = score(teacher, asked, k=K), score(teacher, asked[::-1], k=K)[::-1]
     for got, want in zip(backward, forward, strict=True):
         for name in ("ids", "logits", "tail_lse"):
             np.testing.assert_array_equal(getattr(got, name), getattr(want, name))
@@ -145,7 +162,7 @@ def test_longrope_companions_do_not_move_each_other(tmp_path: Path) -> None:
     teacher = TorchTeacher(spec(where, batch_tokens=4096))
     asked = sequences(teacher.vocabulary)
     assert [len(group) for group in teacher.batches(asked)] == [1, 5]
-    for sequence, block in zip(asked, teacher.score(asked, k=K), strict=True):
+    for sequence, block in zip(asked, score(teacher, asked, k=K), strict=True):
         assert_rows(block, full_logits(where, sequence, teacher.vocabulary))
 
 
@@ -154,9 +171,64 @@ def test_all_but_one_id_and_one_id(folder: Folder) -> None:
     teacher = TorchTeacher(spec(where))
     asked = sequences(teacher.vocabulary)[:3]
     for k in (1, teacher.vocabulary - 1):
-        for sequence, block in zip(asked, teacher.score(asked, k=k), strict=True):
+        for sequence, block in zip(asked, score(teacher, asked, k=k), strict=True):
             assert block.ids.shape[1] == k
             assert_rows(block, full_logits(where, sequence, teacher.vocabulary))
+
+
+def test_a_nucleus_is_the_fewest_ids_that_hold_the_mass(folder: Folder) -> None:
+    """Over batches and slices of different widths; the tail takes up what is cut from the k largest."""
+    where = folder("llama", padded=16)
+    teacher = TorchTeacher(spec(where, batch_tokens=64, slice_positions=9))
+    asked, kept = sequences(teacher.vocabulary), set()
+    keeping = SignalSpec(TopKSpec(40, nucleus=NucleusSpec(0.05)))
+    for sequence, signal in zip(asked, teacher.score(asked, signal=keeping), strict=True):
+        assert signal.topk is not None
+        assert signal.topk.counts is not None
+        logits_RV = full_logits(where, sequence, teacher.vocabulary)
+        held = np.cumsum(-np.sort(-np.exp(logits_RV - exact_lse(logits_RV)[:, None]), axis=1), axis=1)
+        for row, count in enumerate(signal.topk.counts.tolist()):
+            assert count == 40 or held[row, count - 1] > 0.05 - 1e-6
+            assert count == 1 or held[row, count - 2] < 0.05 + 1e-6
+            block = signal.topk[row : row + 1]
+            alone = TopK(block.ids[:, :count], block.logits[:, :count], block.tail_lse)
+            assert_rows(alone, logits_RV[row : row + 1])
+            kept.add(count)
+    assert len(kept) > 3
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+def test_hidden_states_are_what_the_output_head_reads(folder: Folder, arch: str) -> None:
+    """Times its weights they are the document's own logits."""
+    where = folder(arch)
+    teacher = TorchTeacher(spec(where, batch_tokens=64, slice_positions=9))
+    asked = sequences(teacher.vocabulary)
+    head = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32).get_output_embeddings().weight
+    blocks = teacher.score(asked, signal=SignalSpec(hidden=HiddenSpec(32, "bfloat16")))
+    for sequence, signal in zip(asked, blocks, strict=True):
+        assert signal.topk is None
+        assert signal.sampled is None
+        assert signal.hidden is not None
+        assert signal.hidden.shape == (sequence.rows, 32)
+        assert signal.hidden.dtype == np.float32
+        logits = signal.hidden.astype(np.float64) @ head.detach().numpy().astype(np.float64).T
+        np.testing.assert_allclose(logits, full_logits(where, sequence, teacher.vocabulary), atol=1e-4)
+
+
+def test_a_part_is_the_same_with_others_beside_it(folder: Folder) -> None:
+    teacher = TorchTeacher(spec(folder("llama"), batch_tokens=64, slice_positions=9))
+    asked = sequences(teacher.vocabulary)
+    parts = {"topk": TopKSpec(K), "sampled": SampledSpec(20), "hidden": HiddenSpec(32, "bfloat16")}
+    together = Signal.concatenate(teacher.score(asked, signal=SignalSpec(**parts)))  # type: ignore[arg-type]
+    assert len(together) == sum(s.rows for s in asked)
+    for name, part in parts.items():
+        alone = Signal.concatenate(teacher.score(asked, signal=SignalSpec(**{name: part})))  # type: ignore[arg-type]
+        assert [other for other in parts if getattr(alone, other) is not None] == [name]
+        for field in ("ids", "logits", "tail_lse", "counts"):
+            got, want = (getattr(getattr(signal, name), field, None) for signal in (together, alone))
+            np.testing.assert_array_equal(got, want)
+        if name == "hidden":
+            np.testing.assert_array_equal(together.hidden, alone.hidden)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -164,7 +236,7 @@ def test_half_precision_is_near_float32(folder: Folder, dtype: Any) -> None:
     where = folder("llama")
     teacher = TorchTeacher(spec(where, dtype=dtype))
     asked = sequences(teacher.vocabulary)
-    for sequence, block in zip(asked, teacher.score(asked, k=K), strict=True):
+    for sequence, block in zip(asked, score(teacher, asked, k=K), strict=True):
         exact = np.take_along_axis(full_logits(where, sequence, teacher.vocabulary), block.ids.astype(np.int64), 1)
         assert np.abs(block.logits - exact).mean() < 0.02
 
@@ -174,7 +246,7 @@ def test_what_it_says_of_itself(folder: Folder) -> None:
     teacher = TorchTeacher(spec(where, batch_tokens=64))
     tokenizer_json = (where / "tokenizer.json").read_text()
     parts = teacher.identity_parts()
-    identity = Identity(teacher="tiny", signal=SignalSpec(k=K), **parts)
+    identity = Identity(teacher="tiny", signal=SignalSpec(TopKSpec(K)), **parts)
     assert identity.vocabulary == real_vocabulary(tokenizer_json) == len(AutoTokenizer.from_pretrained(where))
     assert identity.dtype == "float32"
     assert identity.quantisation is None
@@ -190,7 +262,7 @@ def test_released_teacher_scores_nothing(folder: Folder) -> None:
     teacher = TorchTeacher(spec(folder("llama")))
     teacher.release()
     with pytest.raises(TeacherError, match="was released"):
-        teacher.score([Sequence(np.array([1], np.int32))], k=K)
+        score(teacher, [Sequence(np.array([1], np.int32))], k=K)
 
 
 def test_damaged_weights_are_refused_on_loading(tmp_path: Path) -> None:
@@ -203,7 +275,16 @@ def test_damaged_weights_are_refused_on_loading(tmp_path: Path) -> None:
         TorchTeacher(spec(where))
 
 
-def test_bad_logits_name_their_sequence(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "signal",
+    [
+        SignalSpec(TopKSpec(K)),
+        SignalSpec(sampled=SampledSpec(5)),
+        SignalSpec(hidden=HiddenSpec(32, "bfloat16")),
+    ],
+    ids=SignalSpec.in_words,
+)
+def test_bad_logits_name_their_sequence(tmp_path: Path, signal: SignalSpec) -> None:
     where = tiny_teacher(tmp_path / "teacher", tie_word_embeddings=False)
     file = where / "model.safetensors"
     weights = load_file(file)
@@ -211,9 +292,9 @@ def test_bad_logits_name_their_sequence(tmp_path: Path) -> None:
     save_file(weights, file, metadata={"format": "pt"})
     teacher = TorchTeacher(spec(where))  # a NaN value times an attention weight of 0 is NaN: it spoils all positions
     fine, bad = Sequence(np.array([5, 6, 7], np.int32)), Sequence(np.array([5, 6, 250, 8, 9], np.int32))
-    teacher.score([fine], k=K)
+    teacher.score([fine], signal=signal)
     with pytest.raises(BadLogits, match=f"at 5 of 8 positions, the first is position 0 of sequence {bad.digest}"):
-        teacher.score([fine, bad], k=K)
+        teacher.score([fine, bad], signal=signal)
 
 
 @pytest.mark.parametrize(
@@ -222,15 +303,15 @@ def test_bad_logits_name_their_sequence(tmp_path: Path) -> None:
         (range(257), 4, "has 257 tokens, the teacher's positions end at 256"),
         ([1, 100_000], 4, "has ids 1..100000, the teacher's vocabulary is 0..319"),
         ([-1, 2], 4, "has ids -1..2"),
-        ([1, 2], 0, "signal.k is 0, expected 1 to 319"),
-        ([1, 2], 320, "signal.k is 320, expected 1 to 319"),
+        ([1, 2], 0, "signal.topk.k is 0, expected 1 to 319"),
+        ([1, 2], 320, "signal.topk.k is 320, expected 1 to 319"),
     ],
 )
 def test_what_cannot_be_scored_is_refused(folder: Folder, ids: Any, k: int, message: str) -> None:
     teacher = TorchTeacher(spec(folder("llama")))
     assert teacher.vocabulary == 320
     with pytest.raises(TeacherError, match=message):
-        teacher.score([Sequence(np.array(ids, np.int32))], k=k)
+        score(teacher, [Sequence(np.array(ids, np.int32))], k=k)
 
 
 def test_a_head_narrower_than_the_tokenizer_is_refused(tmp_path: Path) -> None:

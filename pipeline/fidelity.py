@@ -1,0 +1,145 @@
+"""How faithful a store is, measured on the positions that it keeps in full, and what that allows a student.
+
+Enters: a store. Leaves: `_stillroom/fidelity.json`, which `inspect` and `ls` show, and the refusal of a student whose
+loss and temperature the store does not support. Costs: reading the shards of at most 32 sequences; for a hidden part
+the teacher's output head is loaded and applied to at most 256 positions. It needs no teacher.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
+from typing import Any
+
+import numpy as np
+
+from stillroom.pipeline.console import Console
+from stillroom.pipeline.recipe.schema import Recipe
+from stillroom.pipeline.student.config import StudentConfig, teaching_part
+from stillroom.storage.bound import Bound, supports
+from stillroom.storage.fidelity import TEMPERATURES, Block, Fidelity, Measured, NoiseBand, measure_blocks, noise
+from stillroom.storage.files import Files
+from stillroom.storage.gradient import Key
+from stillroom.storage.identity import Identity
+from stillroom.storage.records import Float32, Signal, Unit, digest128
+from stillroom.storage.store import Store
+from stillroom.storage.truth import FOLDER, read_positions, truth_blocks
+
+Rebuild = Callable[[Signal, float], Float32]
+
+NAME = "_stillroom/fidelity.json"
+
+
+def keep_fidelity(recipe: Recipe, store: Store, console: Console) -> None:
+    """Measure a store at the usual temperatures and at those of the recipe's students, and keep the numbers in it.
+
+    Nothing is done if they are there for the same sample, or if the store keeps none.
+    """
+    temperatures = sorted({*TEMPERATURES, *(s.losses.temperature for s in recipe.students if s.losses.alpha > 0)})
+    found = kept_fidelity(store)
+    sample = _sample_digest(store)
+    if found and found["sample"] == sample and set(temperatures) <= {row["temperature"] for row in found["rows"]}:
+        return
+    fidelity, band = measure_store(store, temperatures)
+    if not fidelity.rows:
+        return
+    stated = {"sample": sample, **fidelity.as_dict(), "noise": band.as_dict() if band else None}
+    store.files.write(NAME, (json.dumps(stated, indent=2) + "\n").encode())
+    for row in fidelity.rows:
+        if row.temperature == 1:
+            added = "" if row.kl_added_nats is None else f", {row.kl_added_nats:.1e} nats added by rounding"
+            console.info(
+                f"fidelity: {row.tier} at T = 1 keeps {row.retained_mass:.3f} of the mass, gradient "
+                f"{row.gradient_angle_deg:.1f}° from full KD{added} ({row.positions} positions)"
+            )
+
+
+def kept_fidelity(store: Store) -> dict[str, Any] | None:
+    """What `keep_fidelity` kept, or None."""
+    if not store.files.exists(NAME):
+        return None
+    found: dict[str, Any] = json.loads(store.files.read(NAME))
+    return found
+
+
+def require_supported(recipe: Recipe, student: StudentConfig, store: Store) -> None:
+    """Raises UnsupportedSignal if the store does not support the student's loss within the recipe's bound, with the
+    measured number and the remedy."""
+    if student.losses.alpha == 0 or recipe.fidelity.positions == 0:
+        return
+    temperature = student.losses.temperature
+    part = teaching_part(student.losses.signal, store.identity.signal)
+    bound = Bound(recipe.fidelity.max_gradient_angle_deg, recipe.fidelity.max_kl_added)
+    if bound == Bound() and part != "sampled":
+        return
+    fidelity, _ = measure_store(store, sorted({*TEMPERATURES, temperature}))
+    supports(fidelity, part, temperature, bound, where=store.uri)
+
+
+def measure_store(store: Store, temperatures: Seq[float]) -> tuple[Fidelity, NoiseBand | None]:
+    """Fidelity of every part at each temperature, and the teacher's noise band where positions were scored twice.
+
+    Raises CorruptShard, StoreError where shards or the sample cannot be read.
+    """
+    refs = store.committed()
+    units = [unit for unit in store.planned() if unit.id in refs]
+    signals = _signals(store, units)
+    rebuild = rebuilder(store.files, store.identity) if store.identity.signal.hidden and signals else None
+    rows: list[Measured] = []
+    for temperature in temperatures:
+        blocks = _blocks(store, units, signals, rebuild, temperature)
+        rows += measure_blocks(blocks, vocabulary=store.identity.vocabulary, temperatures=[temperature]).rows
+    twice = (truth.twice for truth in truth_blocks(store.files, units, store.identity) if len(truth.alone))
+    band = noise(twice, vocabulary=store.identity.vocabulary, temperatures=temperatures)
+    fidelity = Fidelity(tuple(sorted(rows, key=lambda row: (row.tier, row.temperature))))
+    return fidelity, band if band.positions else None
+
+
+def _signals(store: Store, units: Seq[Unit]) -> dict[Key, Signal]:
+    """What the store decodes at the sample's positions, one row each."""
+    positions = read_positions(store.files, units, store.identity)
+    refs = store.committed()
+    found: dict[Key, Signal] = {}
+    for unit in units:
+        if not positions.keys() & set(unit.sequences):
+            continue
+        for stored in store.reader(refs[unit.id]):
+            assert stored.signal is not None
+            for t in positions.get(stored.sequence.digest, ()):
+                row = t - stored.sequence.first_position
+                found[stored.sequence.digest, t] = stored.signal[row : row + 1]
+    return found
+
+
+def _blocks(
+    store: Store, units: Seq[Unit], signals: dict[Key, Signal], rebuild: Rebuild | None, temperature: float
+) -> Iterator[Block]:
+    for truth in truth_blocks(store.files, units, store.identity):
+        signal = Signal.concatenate([signals[key] for key in truth.keys])
+        yield Block(truth.logits, signal, truth.keys, rebuild(signal, temperature) if rebuild else None)
+
+
+def rebuilder(files: Files, identity: Identity) -> Rebuild:
+    """What makes the whole vocabulary's logits of a signal, as a student does: float32 [P, V]."""
+    import torch
+
+    from stillroom.pipeline.student.full_logits import Kept, full_logits, load_head
+
+    head = load_head(files, torch.device("cpu"))
+    topk = identity.signal.topk
+
+    def rebuild(signal: Signal, temperature: float) -> Float32:
+        assert signal.hidden is not None
+        kept = None
+        if signal.topk is not None and topk is not None:
+            kept = Kept.of(signal.topk, vocabulary=identity.vocabulary, temperature=temperature, gap_step=topk.gap_step)
+        rebuilt = full_logits(head, torch.from_numpy(signal.hidden), kept, temperature=temperature)
+        return np.asarray(rebuilt.numpy(), np.float32)
+
+    return rebuild
+
+
+def _sample_digest(store: Store) -> str:
+    """Of what was measured: the sample's files and the shards. Their names hold their contents' digests."""
+    refs = store.committed()
+    names = [n for n in store.files.list(FOLDER) if n.split("/")[-1].split("-")[0] in refs]
+    return digest128(b"stillroom.fidelity.1", *(name.encode() for name in names))

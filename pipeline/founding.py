@@ -1,0 +1,48 @@
+"""Founding a store: what must be there before its first unit is scored.
+
+Enters: a recipe and its corpus. Leaves: the store. Costs: nothing where it is founded already or keeps no hidden
+states; else one teacher is loaded, and for int8 scores `CALIBRATION_TOKENS` tokens of the corpus.
+
+A hidden part needs the teacher's output head beside the shards and, for int16 and int8, the steps of its channels. They
+are part of the identity from then on: a store that grows, by whatever corpus, keeps them. Those of int16 follow from
+the head alone, those of int8 are measured on the corpus.
+"""
+
+from typing import Any
+
+from stillroom.pipeline.console import Console
+from stillroom.pipeline.plan import make_plan
+from stillroom.pipeline.recipe.schema import Recipe
+from stillroom.pipeline.sources import Sources
+from stillroom.storage.manifest import Manifest
+from stillroom.storage.records import Sequence
+from stillroom.storage.store import Store
+
+#: Of different documents. Twice as many move the gradient's angle by 0.01° (workers/head.py).
+CALIBRATION_TOKENS = 4096
+
+
+def found_store(recipe: Recipe, sources: Sources, manifest: Manifest, console: Console) -> Store:
+    """The recipe's store, founded if it is not there. Raises IdentityMismatch if another lives there, TeacherError if
+    the teacher's output head cannot be stored."""
+    if recipe.signal.hidden is None or sources.store_if_founded() is not None:
+        return sources.store()
+    from stillroom.pipeline.cluster import ask, session
+    from stillroom.workers.actor import remote_actor
+
+    sample = calibration_sample(recipe, manifest)
+    console.info(
+        f"teach: founding the store: the output head, and the steps of its {recipe.signal.hidden.dtype} channels"
+    )
+    options = {"num_cpus": recipe.ray.cpus_per_actor, "num_gpus": recipe.ray.gpus_per_actor}
+    with session(recipe.ray):
+        actor: Any = remote_actor(**options).remote(sources.teacher_spec(), sources.identity(), recipe.store.path)
+        calibration = ask(actor, "found", sample)
+    return sources.store(calibration=calibration or None)
+
+
+def calibration_sample(recipe: Recipe, manifest: Manifest) -> list[Sequence]:
+    """The first sequences by digest, which is a shuffle: of as many documents as there are sequences."""
+    plan = make_plan(manifest, None, unit_tokens=CALIBRATION_TOKENS, seed=0, save=False)
+    first = min(plan.pending, key=lambda unit: unit.sequences[0])
+    return [row.sequence for row in manifest.rows([plan.rows[s] for s in first.sequences])]

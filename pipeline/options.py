@@ -1,0 +1,155 @@
+"""What a store of this teacher could keep, what each choice costs and how faithful it is: the planner's table.
+
+Enters: sequences that a pilot scored with every part of the signal, and the truth at some positions. Leaves: one
+`Option` per choice, measured by really writing and reading it; and the cheapest within a bound. Costs: encoding and
+decoding the pilot once per choice, and the fidelity of a few dozen positions.
+"""
+
+import tempfile
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stillroom.pipeline.fidelity import rebuilder
+from stillroom.storage.bound import Bound
+from stillroom.storage.calibration import Calibration, save_calibration
+from stillroom.storage.codecs.tail import tail_lse_at
+from stillroom.storage.codecs.topk import first_k, nucleus
+from stillroom.storage.fidelity import Block, Fidelity, Measured, measure_blocks
+from stillroom.storage.files import LocalFiles
+from stillroom.storage.identity import Identity
+from stillroom.storage.records import Float32, HiddenSpec, Sequence, Signal, SignalSpec, TopKSpec, Unit
+from stillroom.storage.shard import ShardReader, write_shard
+
+#: Ids kept per position that are tried beside the recipe's own.
+KEPT = (16, 32, 64, 128, 256)
+
+
+@dataclass(frozen=True)
+class Pilot:
+    """What a pilot scored.
+
+    signals: with the most ids of all options, exact, and with the draws and hidden states that options want. truth:
+    float32 [n, V] by sequence digest; positions: where, in each sequence. head: what `save_head` wrote of the
+    teacher's output head, as (name, bytes), and calibrations by dtype, where hidden states are priced.
+    """
+
+    identity: Identity
+    sequences: list[Sequence]
+    signals: list[Signal]
+    truth: dict[str, Float32]
+    positions: dict[str, tuple[int, ...]]
+    head: tuple[str, bytes] | None
+    calibrations: dict[str, Calibration]
+
+
+@dataclass(frozen=True)
+class Option:
+    """One choice. bytes_per_token: of shards, all columns and footers. rows: of the part that would teach."""
+
+    spec: SignalSpec
+    bytes_per_token: float
+    rows: tuple[Measured, ...]
+
+    def misses(self, bound: Bound, temperatures: Seq[float]) -> list[str]:
+        """What keeps this choice from serving students at these temperatures; empty if nothing does."""
+        found = []
+        for temperature in temperatures:
+            row = next((r for r in self.rows if r.temperature == temperature), None)
+            found += bound.misses(row) if row else [f"does not serve T = {temperature:g}"]
+        return found
+
+
+def candidates(asked: SignalSpec, *, vocabulary: int, width: int, hidden: bool) -> list[SignalSpec]:
+    """The recipe's own choice first, then the usual ones.
+
+    hidden: whether the teacher's output head can be stored.
+    """
+    step = asked.topk.gap_step if asked.topk else 1 / 8
+    kept = sorted({k for k in (*KEPT, asked.topk.k if asked.topk else 64) if k < vocabulary})
+    plain = [SignalSpec(TopKSpec(k, step)) for k in kept]
+    small = SignalSpec(TopKSpec(min(64, vocabulary - 1), step, layout="packed"))
+    beside = TopKSpec(min(64, vocabulary - 1), step)
+    found = [asked, *plain, small]
+    found += [SignalSpec(sampled=asked.sampled)] if asked.sampled else []
+    if hidden:
+        found += [SignalSpec(beside, hidden=HiddenSpec(width, dtype)) for dtype in ("int16", "int8", "bfloat16")]
+    return list(dict.fromkeys(found))
+
+
+def most(specs: Seq[SignalSpec], *, vocabulary: int) -> SignalSpec:
+    """What a pilot must score for all of them: exact, the codecs round."""
+    kept = max((s.topk.k for s in specs if s.topk), default=min(64, vocabulary - 1))
+    sampled = next((s.sampled for s in specs if s.sampled), None)
+    hidden = next((s.hidden for s in specs if s.hidden), None)
+    return SignalSpec(TopKSpec(kept, None), sampled, HiddenSpec(hidden.width, "bfloat16") if hidden else None)
+
+
+def price(pilot: Pilot, spec: SignalSpec, temperatures: Seq[float]) -> Option:
+    """Write the pilot as this spec says, read it back, and hold it against the truth."""
+    with tempfile.TemporaryDirectory(prefix="stillroom-plan-") as folder:
+        files = LocalFiles(Path(folder))
+        if spec.hidden:
+            assert pilot.head is not None
+            files.write(*pilot.head)
+            steps = pilot.calibrations.get(spec.hidden.dtype)
+            calibration = save_calibration(files, steps) if steps else None
+            spec = SignalSpec(spec.topk, spec.sampled, HiddenSpec(spec.hidden.width, spec.hidden.dtype, calibration))
+        identity = Identity(**{**vars(pilot.identity), "signal": spec})
+        blocks = [cut(signal, spec, pilot.identity.vocabulary) for signal in pilot.signals]
+        ref = write_shard(files, identity, unit_of(pilot.sequences), pilot.sequences, blocks, {})
+        fidelity = _fidelity(pilot, ShardReader(files, ref, identity), files, identity, temperatures)
+    tier = next(part for part in ("hidden", "topk", "sampled") if getattr(spec, part))
+    tokens = sum(len(s.input_ids) for s in pilot.sequences)
+    return Option(spec, ref.size_bytes / tokens, tuple(row for row in fidelity.rows if row.tier == tier))
+
+
+def unit_of(sequences: Seq[Sequence]) -> Unit:
+    """The unit that these make, in this order."""
+    return Unit(
+        tuple(s.digest for s in sequences),
+        tuple(len(s.input_ids) for s in sequences),
+        tuple(s.context for s in sequences),
+    )
+
+
+def cut(signal: Signal, spec: SignalSpec, vocabulary: int) -> Signal:
+    """Of all that was scored, what a spec keeps; rounding is the codec's."""
+    topk = None
+    if spec.topk:
+        assert signal.topk is not None
+        topk = first_k(signal.topk, spec.topk.k)
+        if spec.topk.nucleus:
+            mass, temperature = spec.topk.nucleus.mass, spec.topk.nucleus.temperature
+            tail = tail_lse_at(topk.tail_lse, 1 / temperature, vocabulary - spec.topk.k)
+            topk = nucleus(topk, mass, temperature, tail)
+    return Signal(topk, signal.sampled if spec.sampled else None, signal.hidden if spec.hidden else None)
+
+
+def cheapest(options: Seq[Option], bound: Bound, temperatures: Seq[float]) -> Option | None:
+    """The smallest choice that serves students at these temperatures within the bound."""
+    fit = [option for option in options if not option.misses(bound, temperatures)]
+    return min(fit, key=lambda option: option.bytes_per_token, default=None)
+
+
+def _fidelity(
+    pilot: Pilot, reader: ShardReader, files: LocalFiles, identity: Identity, temperatures: Seq[float]
+) -> Fidelity:
+    rebuild = rebuilder(files, identity) if identity.signal.hidden else None
+    held: list[tuple[list[Any], Signal]] = []
+    for stored in reader:
+        positions = pilot.positions.get(stored.sequence.digest, ())
+        if positions:
+            assert stored.signal is not None
+            rows = [t - stored.sequence.first_position for t in positions]
+            parts = [stored.signal[row : row + 1] for row in rows]
+            held.append(([(stored.sequence.digest, t) for t in positions], Signal.concatenate(parts)))
+    measured: list[Measured] = []
+    for temperature in temperatures:
+        blocks = [
+            Block(pilot.truth[keys[0][0]], signal, keys, rebuild(signal, temperature) if rebuild else None)
+            for keys, signal in held
+        ]
+        measured += measure_blocks(blocks, vocabulary=identity.vocabulary, temperatures=[temperature]).rows
+    return Fidelity(tuple(measured))

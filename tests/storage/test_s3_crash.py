@@ -1,0 +1,101 @@
+"""A server that dies in the middle of a run and comes back: the run finishes, nothing is lost, nothing is double."""
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from stillroom.storage.errors import StoreError
+from stillroom.storage.files import open_files, sha256_hex
+from stillroom.storage.log import CommitLog
+from stillroom.storage.records import Receipt, ShardRef
+from stillroom.storage.shard import parse_shard_path, shard_path
+from tests.s3_server import BUCKET, S3Server
+
+SCHEMA = pa.schema([pa.field("sequence", pa.string(), nullable=False)])
+UNITS = 30
+
+
+@pytest.fixture
+def root(s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    return f"s3://{BUCKET}/{tmp_path.name}"
+
+
+def content(number: int) -> bytes:
+    return np.random.default_rng(number).bytes(20_000)
+
+
+class Writer(threading.Thread):
+    """Writes and commits units one by one, and tells how far it is."""
+
+    def __init__(self, root: str, first: int) -> None:
+        super().__init__()
+        self._files, self._log, self._first = open_files(root), CommitLog.open(root), first
+        self.told: list[str] = []
+        self.third, self.failed = threading.Event(), ""
+
+    def run(self) -> None:
+        try:
+            for number in range(UNITS):
+                unit = f"{self._first + number:032x}"
+                data = content(self._first + number)
+                path = shard_path(unit, sha256_hex(data))
+                self._files.write(path, data)
+                ref = ShardRef(unit, path, sha256_hex(data), len(data))
+                self.told += [r.shard.path for r in self._log.commit([Receipt(ref, 1, 1, 1, 1, 0.0)])]
+                if number == 2:
+                    self.third.set()
+        except StoreError as error:
+            self.failed = str(error)
+            self.third.set()
+
+
+@pytest.mark.real
+def test_a_server_killed_in_the_middle_and_restarted(s3_server: S3Server, root: str) -> None:
+    """Two writers share half of their units. SIGKILL while both work, twice; each time the server comes back."""
+    CommitLog.create(root, SCHEMA)
+    writers = [Writer(root, first) for first in (0, UNITS // 2)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.third.wait(60)
+    for _ in range(2):
+        s3_server.restart()
+    for writer in writers:
+        writer.join(120)
+    assert [writer.failed for writer in writers] == ["", ""]
+    refs = CommitLog.open(root).refs()
+    assert sorted(int(unit, 16) for unit in refs) == list(range(UNITS + UNITS // 2))
+    assert sorted(path for writer in writers for path in writer.told) == sorted(ref.path for ref in refs.values())
+    files = open_files(root)
+    written = files.list("shards")
+    assert len(written) == len(refs), "both wrote the same bytes under the same name"
+    for path in written:
+        assert sha256_hex(files.read(path)) == parse_shard_path(path)[1]
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_a_server_that_stays_away_is_told_and_the_next_run_finishes(
+    s3_server: S3Server, root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STILLROOM_S3_RETRY_S", "1")
+    CommitLog.create(root, SCHEMA)
+    writer = Writer(root, 0)
+    writer.start()
+    writer.third.wait(60)
+    s3_server.kill()
+    writer.join(60)
+    s3_server.start()
+    assert "gave up after" in writer.failed
+    before = CommitLog.open(root).refs()
+    assert set(writer.told) == {ref.path for ref in before.values()} or len(before) == len(writer.told) + 1
+    again = Writer(root, 0)
+    again.start()
+    again.join(60)
+    assert again.failed == ""
+    assert len(CommitLog.open(root).refs()) == UNITS
