@@ -30,7 +30,7 @@ def main(words: Sequence[str] | None = None) -> int:
         result, code = _dispatch(arguments, Console(quiet=arguments.quiet))
         # These have shown their tables on stderr, as they went along.
         if json_wanted or arguments.command not in ("run", "train", "evaluate"):
-            _show(result, json_wanted=json_wanted)
+            _show(result if json_wanted else _for_people(arguments.command, result), json_wanted=json_wanted)
         return code
     except UsageMistake as mistake:
         return _fail(mistake, 2, json_wanted=json_wanted, debug=debug)
@@ -94,6 +94,15 @@ def _stage(command: str) -> Callable[..., Result]:
     from stillroom.pipeline.evaluate import evaluate_command
 
     return evaluate_command
+
+
+def _for_people(command: str, result: Result) -> Result:
+    """What a terminal has room for; `--json` has it all."""
+    if command == "plan" and "estimate" in result:
+        from stillroom.pipeline.options import brief
+
+        return result | {"estimate": result["estimate"] | {"options": brief(result["estimate"]["options"])}}
+    return result
 
 
 def _init(arguments: Namespace, console: Console) -> tuple[Result, int]:

@@ -5,7 +5,6 @@ loss and temperature the store does not support. Costs: reading the shards of at
 the teacher's output head is loaded and applied to at most 256 positions. It needs no teacher.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from typing import Any
@@ -16,17 +15,18 @@ from stillroom.pipeline.console import Console
 from stillroom.pipeline.recipe.schema import Recipe
 from stillroom.pipeline.student.config import StudentConfig, teaching_part
 from stillroom.storage.bound import Bound, supports
+from stillroom.storage.catalog import FIDELITY, kept_fidelity
+from stillroom.storage.errors import CorruptShard
 from stillroom.storage.fidelity import TEMPERATURES, Block, Fidelity, Measured, NoiseBand, measure_blocks, noise
 from stillroom.storage.files import Files
 from stillroom.storage.gradient import Key
 from stillroom.storage.identity import Identity
-from stillroom.storage.records import Float32, Signal, Unit, digest128
+from stillroom.storage.records import Float32, Signal, SignalSpec, Unit, digest128
 from stillroom.storage.store import Store
 from stillroom.storage.truth import FOLDER, read_positions, truth_blocks
+from stillroom.storage.uses import seal
 
 Rebuild = Callable[[Signal, float], Float32]
-
-NAME = "_stillroom/fidelity.json"
 
 
 def keep_fidelity(recipe: Recipe, store: Store, console: Console) -> None:
@@ -35,15 +35,17 @@ def keep_fidelity(recipe: Recipe, store: Store, console: Console) -> None:
     Nothing is done if they are there for the same sample, or if the store keeps none.
     """
     temperatures = sorted({*TEMPERATURES, *(s.losses.temperature for s in recipe.students if s.losses.alpha > 0)})
-    found = kept_fidelity(store)
+    found = _kept(store, console)
     sample = _sample_digest(store)
-    if found and found["sample"] == sample and set(temperatures) <= {row["temperature"] for row in found["rows"]}:
+    held = {row["temperature"] for row in found["rows"]} if found and found["sample"] == sample else set()
+    if set(temperatures) <= held:
         return
-    fidelity, band = measure_store(store, temperatures)
+    # With what another recipe asked of the same store, else the two would measure it in turns.
+    fidelity, band = measure_store(store, sorted({*temperatures, *held}))
     if not fidelity.rows:
         return
     stated = {"sample": sample, **fidelity.as_dict(), "noise": band.as_dict() if band else None}
-    store.files.write(NAME, (json.dumps(stated, indent=2) + "\n").encode())
+    store.files.write(FIDELITY, seal(stated))
     for row in fidelity.rows:
         if row.temperature == 1:
             added = "" if row.kl_added_nats is None else f", {row.kl_added_nats:.1e} nats added by rounding"
@@ -53,12 +55,21 @@ def keep_fidelity(recipe: Recipe, store: Store, console: Console) -> None:
             )
 
 
-def kept_fidelity(store: Store) -> dict[str, Any] | None:
-    """What `keep_fidelity` kept, or None."""
-    if not store.files.exists(NAME):
+def _kept(store: Store, console: Console) -> dict[str, Any] | None:
+    """What was kept, or None, also where it is damaged: it can be measured again, so nobody has to remove it."""
+    try:
+        return kept_fidelity(store.files)
+    except CorruptShard as error:
+        console.notice(f"fidelity: {error}")
         return None
-    found: dict[str, Any] = json.loads(store.files.read(NAME))
-    return found
+
+
+def require_taught(student: StudentConfig, signal: SignalSpec, *, where: str) -> None:
+    """Raises UnsupportedSignal if no part of the signal can teach this student, whatever would be measured: said before
+    the teacher has worked for it. where: the store, for the message."""
+    if student.losses.alpha > 0:
+        part = teaching_part(student.losses.signal, signal)
+        supports(None, part, student.losses.temperature, Bound(), where=where)
 
 
 def require_supported(recipe: Recipe, student: StudentConfig, store: Store) -> None:

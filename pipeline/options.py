@@ -19,11 +19,14 @@ from stillroom.storage.codecs.topk import first_k, nucleus
 from stillroom.storage.fidelity import Block, Fidelity, Measured, measure_blocks
 from stillroom.storage.files import LocalFiles
 from stillroom.storage.identity import Identity
-from stillroom.storage.records import Float32, HiddenSpec, Sequence, Signal, SignalSpec, TopKSpec, Unit
+from stillroom.storage.records import Float32, HiddenSpec, SampledSpec, Sequence, Signal, SignalSpec, TopKSpec, Unit
 from stillroom.storage.shard import ShardReader, write_shard
 
 #: Ids kept per position that are tried beside the recipe's own.
 KEPT = (16, 32, 64, 128, 256)
+
+#: Draws that are tried where the recipe names none.
+DRAWS = 50
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,9 @@ def candidates(asked: SignalSpec, *, vocabulary: int, width: int, hidden: bool) 
     small = SignalSpec(TopKSpec(min(64, vocabulary - 1), step, layout="packed"))
     beside = TopKSpec(min(64, vocabulary - 1), step)
     found = [asked, *plain, small]
-    found += [SignalSpec(sampled=asked.sampled)] if asked.sampled else []
+    found.append(SignalSpec(sampled=asked.sampled or SampledSpec(DRAWS)))
     if hidden:
+        found.append(SignalSpec(hidden=HiddenSpec(width, "int16")))
         found += [SignalSpec(beside, hidden=HiddenSpec(width, dtype)) for dtype in ("int16", "int8", "bfloat16")]
     return list(dict.fromkeys(found))
 
@@ -153,3 +157,19 @@ def _fidelity(
         ]
         measured += measure_blocks(blocks, vocabulary=identity.vocabulary, temperatures=[temperature]).rows
     return Fidelity(tuple(measured))
+
+
+def brief(lines: Seq[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The table's lines for people: one per choice, its temperatures side by side."""
+    found: dict[str, dict[str, Any]] = {}
+    for line in lines:
+        row = found.setdefault(
+            line["keeps"],
+            {"keeps": line["keeps"], "bytes_per_token": line["bytes_per_token"], "corpus_bytes": line["corpus_bytes"]},
+        )
+        mass, kl, angle = line["retained_mass"], line["kl_added"], line["gradient_angle_deg"]
+        at = f"T = {line['temperature']:g}"
+        if "mass, kl" not in row:
+            row["mass, kl"] = f"{mass:.3f}, " + ("–" if kl is None else f"{kl:.0e}")
+        row[f"angle at {at}"] = f"{angle:.1f}°"
+    return list(found.values())

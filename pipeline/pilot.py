@@ -30,7 +30,7 @@ from stillroom.storage.sample import choose
 PILOT_TOKENS = 2048
 
 #: Positions whose truth a pilot keeps: means of angles to about a tenth of themselves.
-PILOT_POSITIONS = 64
+PILOT_POSITIONS = 48
 
 
 def estimate(recipe: Recipe, plan: Plan, manifest: Manifest, sources: Sources, console: Console) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def estimate(recipe: Recipe, plan: Plan, manifest: Manifest, sources: Sources, c
     identity = sources.identity()
     wanted = sorted({s.losses.temperature for s in recipe.students if s.losses.alpha > 0}) or [1.0]
     temperatures = sorted({*TEMPERATURES, *wanted})
-    head = _head(teacher, console)
+    head = _head(teacher, console, needed=identity.signal.hidden is not None)
     specs = candidates(
         identity.signal, vocabulary=identity.vocabulary, width=teacher.hidden_width, hidden=head is not None
     )
@@ -129,13 +129,16 @@ def _also(sources: Sources, width: int, options: Seq[Option], tokens: int, windo
     ]
 
 
-def _head(teacher: Any, console: Console) -> tuple[bytes, Any] | None:
-    """The output head as bytes and as it is, or None where this architecture has none that can be stored."""
+def _head(teacher: Any, console: Console, *, needed: bool) -> tuple[bytes, Any] | None:
+    """The output head as bytes and as it is, or None where this architecture has none that can be stored; raises
+    TeacherError then if the recipe's own signal needs it."""
     from stillroom.workers.head import head_bytes
 
     try:
         head = teacher.output_head()
     except TeacherError as error:
+        if needed:
+            raise
         console.notice(f"plan: {error}")
         return None
     return head_bytes(head), head

@@ -13,13 +13,12 @@ from typing import Any
 
 from stillroom.pipeline.console import Console, Progress, format_bytes, format_count, format_duration
 from stillroom.pipeline.fidelity import keep_fidelity
-from stillroom.pipeline.founding import found_store
+from stillroom.pipeline.founding import found_store, require_room
 from stillroom.pipeline.ledger import Ledger
 from stillroom.pipeline.plan import Plan, make_plan
 from stillroom.pipeline.process import uninterrupted
 from stillroom.pipeline.recipe.schema import Recipe
 from stillroom.pipeline.sources import Sources
-from stillroom.storage.errors import StoreFull
 from stillroom.storage.manifest import Manifest
 from stillroom.storage.records import Receipt, Sequence, Unit
 from stillroom.storage.sample import choose
@@ -178,7 +177,8 @@ def _truth_wanted(recipe: Recipe, plan: Plan, store: Store) -> TruthRequest:
     units = [unit for unit in store.planned() if unit.id in committed]
     held = read_positions(store.files, units, store.identity)
     positions = choose(plan.pending, wanted=recipe.fidelity.positions, held=held)
-    return TruthRequest(positions, frozenset(sorted(positions)[: max(0, SCORED_TWICE - len(held))]))
+    # Of all, held or not: a run that goes on scores twice what an undisturbed one would have.
+    return TruthRequest(positions, frozenset(sorted({*positions, *held})[:SCORED_TWICE]) & positions.keys())
 
 
 class _Batch:
@@ -257,15 +257,3 @@ class _Room:
             f"{format_bytes(free) if free is not None else 'unknown'} free"
         )
         require_room(self._store.uri, need, free, recipe=self._recipe)
-
-
-def require_room(uri: str, need_bytes: int, free_bytes: int | None, *, recipe: Recipe) -> None:
-    """Raises StoreFull if the estimate with its safety margin does not fit, or would leave too little."""
-    wanted = need_bytes * recipe.store.safety + recipe.store.min_free_bytes
-    if free_bytes is not None and wanted > free_bytes:
-        most = f"about {format_bytes(need_bytes)} more, times store.safety {recipe.store.safety:g} plus "
-        raise StoreFull(
-            f"store {uri} needs {most if need_bytes else ''}store.min_free_bytes "
-            f"{format_bytes(recipe.store.min_free_bytes)}, but {format_bytes(free_bytes)} are free: free some space, "
-            "lower signal.topk.k, or choose another store.path"
-        )

@@ -12,7 +12,7 @@ from typing import Any
 
 from stillroom.pipeline.console import Console, format_bytes
 from stillroom.pipeline.evaluate import evaluate
-from stillroom.pipeline.fidelity import keep_fidelity
+from stillroom.pipeline.fidelity import keep_fidelity, require_taught
 from stillroom.pipeline.founding import found_store
 from stillroom.pipeline.ledger import Ledger
 from stillroom.pipeline.precompute import teach
@@ -30,11 +30,13 @@ def run_recipe(recipe: Recipe, *, console: Console) -> dict[str, Any]:
     save_resolved(recipe, recipe.run_dir / "recipe.resolved.yaml")
     sources = Sources(recipe, console)
     manifest = sources.manifest()
-    store = found_store(recipe, sources, manifest, console)
-    ledger = Ledger(recipe.run_dir / "ledger.jsonl")
+    signal = sources.identity().signal
     for student in recipe.students:
         require_untouched(recipe, student, manifest)
         require_possible(recipe, student, manifest, sources)
+        require_taught(student, signal, where=recipe.store.path)
+    store = found_store(recipe, sources, manifest, console)
+    ledger = Ledger(recipe.run_dir / "ledger.jsonl")
     students = []
     for student in recipe.students:
         teach(recipe, manifest, store, sources, console, ledger=ledger, on_behalf_of=student.name)

@@ -23,6 +23,7 @@ from stillroom.storage import errors
 from stillroom.storage.errors import StillroomError, StoreError, StudentError
 from stillroom.storage.files import LocalFiles, open_files
 from stillroom.storage.manifest import Manifest
+from stillroom.storage.pins import pin
 from stillroom.storage.snapshot import Snapshot
 from stillroom.storage.store import IDENTITY, open_store
 
@@ -184,6 +185,7 @@ def _pin(recipe: Recipe, student: StudentConfig, manifest: Manifest, folder: Pat
             f"store {files.uri} lacks {lacking:,} of the corpus's {len(digests):,} sequences: run `stillroom teach` on "
             "this recipe first"
         )
+    pin(files, snapshot, path)  # before the snapshot is there: `stillroom gc` must not come between
     snapshot.write(path)
     LocalFiles(folder).write(note.name, json.dumps(stated | {"signal": True}).encode())
     return path

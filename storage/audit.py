@@ -77,10 +77,10 @@ def audit_plans(files: Files) -> Plans:
     """Every plan by itself, so that one damaged file hides no other. Raises StoreError if one cannot be reached."""
     found = Plans()
     for name in files.list(plans.FOLDER):
-        if not re.fullmatch(plans._NAME, name):
+        if not re.fullmatch(plans.NAME, name):
             continue
         try:
-            found.units.update((unit.id, unit) for unit in plans._load_plan(files, name))
+            found.units.update((unit.id, unit) for unit in plans.load_plan(files, name))
         except CorruptShard as error:
             found.damaged.append(name)
             remedy = f"{REPAIR} rebuilds it from the shards; units not scored yet are planned anew by `stillroom teach`"

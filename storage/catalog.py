@@ -1,10 +1,10 @@
 """Many stores at a glance: what each holds, how faithful it is, whom it has taught, and what that saved.
 
 Enters: a folder or a bucket's prefix. Leaves: a JSON-able dictionary for each store, and rows for tables of 120
-columns. Costs: of each store the log, the plans, the ledgers and no shard: 0.13 s of a core for 10,000 shards of 8 sequences.
+columns. Costs: of each store the log, the plans, the ledgers and no shard: 0.13 s of a core for 10,000 shards of 8
+sequences.
 """
 
-import json
 import re
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from stillroom.storage.errors import CorruptShard, StillroomError
 from stillroom.storage.files import Files, find_stores, open_files
 from stillroom.storage.records import digest128
 from stillroom.storage.store import Store, open_store
-from stillroom.storage.uses import load_taught, load_uses, reuse
+from stillroom.storage.uses import load_taught, load_uses, reuse, unseal
 
 #: Written by pipeline/fidelity.py.
 FIDELITY = "_stillroom/fidelity.json"
@@ -86,7 +86,7 @@ def kept_fidelity(files: Files) -> dict[str, Any] | None:
     if not files.exists(FIDELITY):
         return None
     try:
-        found: dict[str, Any] = json.loads(files.read(FIDELITY))
+        found = unseal(files.read(FIDELITY))
         noise = found["noise"] or {"rows": []}
         for row in (*found["rows"], *noise["rows"]):
             if not all(isinstance(value, str) or value is None or isfinite(value) for value in row.values()):
@@ -140,7 +140,7 @@ def _planned(files: Files) -> _Planned:
     A plan is checked against its name, units against their sequences are not: `verify` does that.
     Raises CorruptShard naming a plan that cannot be read.
     """
-    parts = [_of_plan(files, name) for name in files.list(plans.FOLDER) if re.fullmatch(plans._NAME, name)]
+    parts = [_of_plan(files, name) for name in files.list(plans.FOLDER) if re.fullmatch(plans.NAME, name)]
     whole = np.concatenate([units for units, _ in parts]) if parts else np.zeros(0, "S32")
     sums = np.concatenate([part for _, part in parts], axis=1) if parts else np.zeros((3, 0), np.int64)
     units, first = np.unique(whole, return_index=True)

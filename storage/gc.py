@@ -33,11 +33,12 @@ _SHOWN_FOREIGN = 20
 _SHARD = re.compile(r"shards/([0-9a-f]{32})-([0-9a-f]{64})\.parquet")
 _TRUTH = re.compile(r"_stillroom/truth/([0-9a-f]{32})-[0-9a-f]{64}\.parquet")
 _CALIBRATION = re.compile(r"_stillroom/calibration-[0-9a-f]{64}\.parquet")
-_TEMPORARY = re.compile(r"(?:shards|_stillroom(?:/plans|/truth|/pins)?)/\.[^/]+\.[0-9a-f]{32}\.tmp")
-#: What stillroom makes and never removes here: identity, plans, heads, ledgers.
+_TEMPORARY = re.compile(r"(?:shards|_stillroom(?:/[a-z]+)?)/\.[^/]+\.[0-9a-f]{32}\.tmp")
+#: What stillroom makes and never removes here: identity, plans, heads, ledgers and what other commands note.
 _KEPT = re.compile(
-    rf"{re.escape(IDENTITY)}|{plans.FOLDER}/[^/]+\.parquet|_stillroom/head-[0-9a-f]{{64}}\.safetensors"
-    r"|_stillroom/(?:transcode|fidelity)\.json|_stillroom/tokens\.parquet|_stillroom/(?:uses|taught)/[^/]+\.json|_stillroom/[a-z_/]*ledger[^/]*|_delta_log/.*"
+    rf"{re.escape(IDENTITY)}|{plans.FOLDER}/[^/]+\.parquet|_delta_log/.*"
+    r"|_stillroom/(?:head-[0-9a-f]{64}\.safetensors|transcode\.json|fidelity\.json|tokens\.parquet)"
+    r"|_stillroom/(?:uses|taught)/[^/]+\.json|_stillroom/[a-z_/]*ledger[^/]*"
 )
 
 

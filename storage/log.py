@@ -20,10 +20,12 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from uuid import uuid4
 
+import numpy as np
 import pyarrow as pa
 from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Transaction
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
@@ -31,13 +33,13 @@ from deltalake.transaction import AddAction, RemoveAction
 
 from stillroom.storage.errors import StoreError, StoreFull
 from stillroom.storage.records import Receipt, ShardRef
+from stillroom.storage.refs import Refs, State, is_state_text, plus, state_text
 from stillroom.storage.s3 import SCHEME, Connection, Location, connect
-from stillroom.storage.shard import parse_shard_path
 
 T = TypeVar("T")
 
 _APPLICATION = "stillroom"
-_TOKEN = "stillroom.commit"
+_TOKEN, _STATE = "stillroom.commit", "stillroom.state"
 _ATTEMPTS = 200
 
 
@@ -78,9 +80,32 @@ class CommitLog:
         except (DeltaError, OSError) as error:
             raise StoreError(_unreadable(place.uri, error)) from error
 
-    def refs(self) -> dict[str, ShardRef]:
+    def refs(self) -> Refs:
         """Committed shards by unit, as of now. Raises StoreError if the log cannot be read."""
-        return self._place.call("read the commit log of", self._refs)
+        return self._place.call("read the commit log of", self._named).once()
+
+    def require_whole(self) -> None:
+        """Raises StoreError where the log does not name what its last commit says that it names.
+
+        An entry of a Delta log has no checksum: a flipped bit in the word "add" takes a shard out of it, and nobody
+        sees that anything is missing. Commits of other programs, and of older releases, say nothing, and then nothing
+        is known.
+        """
+        if self._place.call("read the commit log of", self._whole):
+            return
+        raise StoreError(
+            f"commit log of {self._place.uri} names other shards than its last commit says, so an entry was damaged: "
+            "`stillroom verify` on the store says which; put back a copy of it, or run `stillroom teach` on the recipe, "
+            "which scores again what is no longer named"
+        )
+
+    def _whole(self) -> bool:
+        state = self._named().state()
+        last = self._table.history(1)
+        said = last[0].get(_STATE) if last else None
+        if not isinstance(said, str) or not is_state_text(said):
+            return True
+        return said == state_text(state)
 
     def records(self) -> dict[str, int | None]:
         """How many sequences each committed file has by the log, by path; None where it does not say."""
@@ -96,16 +121,9 @@ class CommitLog:
                 raise  # it may pass, and the caller tries again
             raise StoreError(_unreadable(self._place.uri, error)) from error
 
-    def _refs(self) -> dict[str, ShardRef]:
+    def _named(self) -> Refs:
         added = self._added()
-        refs: dict[str, ShardRef] = {}
-        for path, size in zip(added["path"].to_pylist(), added["size_bytes"].to_pylist(), strict=True):
-            unit, sha256 = parse_shard_path(str(path))
-            known = refs.get(unit)
-            # Two files of one unit can only stem from a log edited by hand; the choice must not depend on order.
-            if known is None or str(path) < known.path:
-                refs[unit] = ShardRef(unit, str(path), sha256, int(size))
-        return refs
+        return Refs.of(added["path"], added["size_bytes"].to_numpy())
 
     def commit(self, receipts: Iterable[Receipt]) -> list[Receipt]:
         """Commit those receipts whose units are not committed yet, in one commit; returns them."""
@@ -120,16 +138,18 @@ class CommitLog:
 
     def _commit(self, pending: dict[str, Receipt], tried: "_Tried") -> list[Receipt]:
         for attempt in range(_ATTEMPTS):
-            done = self._refs()
+            named = self._named()
             if tried.landed(self._table):
                 return tried.receipts
+            done = named.once()
             fresh = [r for unit, r in pending.items() if unit not in done]
             if not fresh:
                 return []
             version = self._table.transaction_version(_APPLICATION)
             tried.note(self._table.version(), fresh)
             try:
-                self._append(fresh, tried.token, 0 if version is None else version + 1)
+                state = plus(named.state(), _refs_of(r.shard for r in fresh).state())
+                self._write([_add_action(r) for r in fresh], tried.token, 0 if version is None else version + 1, state)
             except CommitFailedError:
                 time.sleep(random.uniform(0, min(0.02 * 2**attempt, 1.0)))
                 continue
@@ -154,30 +174,30 @@ class CommitLog:
     def _remove(self, wanted: dict[str, ShardRef], named: dict[str, ShardRef]) -> None:
         """Said again it does nothing, so a lost answer needs no token to look for."""
         for attempt in range(_ATTEMPTS):
-            paths = [path for path in self._added()["path"].to_pylist() if path in wanted]
+            now = self._named()
+            paths = [path for path in now.paths() if path in wanted]
             if not paths:
                 return
             named.update((path, wanted[path]) for path in paths)
             version = self._table.transaction_version(_APPLICATION)
             actions = [_remove_action(wanted[path]) for path in paths]
             try:
-                self._write(actions, uuid4().hex, 0 if version is None else version + 1)
+                state = now.without(set(paths)).state()
+                self._write(actions, uuid4().hex, 0 if version is None else version + 1, state)
             except CommitFailedError:
                 time.sleep(random.uniform(0, min(0.02 * 2**attempt, 1.0)))
         raise StoreError(f"commit to {self._place.uri} lost {_ATTEMPTS} races; nothing is lost, run again")
 
-    def _append(self, receipts: list[Receipt], token: str, version: int) -> None:
-        self._write([_add_action(r) for r in receipts], token, version)
-
-    def _write(self, actions: list[AddAction | RemoveAction], token: str, version: int) -> None:
+    def _write(self, actions: Seq[AddAction | RemoveAction], token: str, version: int, state: State) -> None:
+        """state: what the log names once this is in it. It is the next entry or none, so that is known before."""
         properties = CommitProperties(
             app_transactions=[Transaction(_APPLICATION, version)],
-            custom_metadata={_TOKEN: token},
+            custom_metadata={_TOKEN: token, _STATE: state_text(state)},
             # Ours is the retry loop: delta-rs would rebase onto the other commit without looking at its units.
             max_commit_retries=0,
         )
         self._table.create_write_transaction(
-            actions,
+            list(actions),
             mode="append",
             schema=self._table.schema(),
             commit_properties=properties,
@@ -203,6 +223,15 @@ class _Place:
         return DeltaTable(self.uri, storage_options=self.options())
 
     def call(self, doing: str, action: Callable[[], T], *, patient: bool = False) -> T:
+        try:
+            return self._call(doing, action, patient=patient)
+        except BaseException as error:
+            # What Rust could not foresee. It derives from BaseException, and no one above would catch it.
+            if type(error).__name__ != "PanicException":
+                raise
+            raise StoreError(f"cannot {doing} {self.uri}: {_one_line(error)}; the log was damaged") from error
+
+    def _call(self, doing: str, action: Callable[[], T], *, patient: bool) -> T:
         if self.connection is None:
             return action()
         passing, errors = (TableNotFoundError, CommitFailedError), (OSError, DeltaError)
@@ -228,6 +257,11 @@ class _Tried:
         return any(entry.get(_TOKEN) == self.token for entry in table.history(table.version() - self.since))
 
 
+def _refs_of(shards: Iterable[ShardRef]) -> Refs:
+    shards = list(shards)
+    return Refs.of(pa.chunked_array([[s.path for s in shards]], pa.string()), np.array([s.size_bytes for s in shards]))
+
+
 def _unreadable(uri: str, error: Exception) -> str:
     return f"commit log of {uri} cannot be read: {_one_line(error)}"
 
@@ -239,7 +273,7 @@ def _uncommitted(uri: str, error: Exception) -> StoreError:
     return StoreError(f"commit to {uri} failed: {line}")
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     """Without deltalake's colours and arrows."""
     return " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).replace("↳", ":").split())
 

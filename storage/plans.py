@@ -23,7 +23,7 @@ from stillroom.storage.files import Files
 from stillroom.storage.records import Unit, digest128
 
 FOLDER = "_stillroom/plans"
-_NAME = FOLDER + r"/\d{5,}-[0-9a-f]{32}\.parquet"
+NAME = FOLDER + r"/\d{5,}-[0-9a-f]{32}\.parquet"
 _SCHEMA = pa.schema([("unit", pa.string()), ("sequence", pa.string()), ("tokens", pa.int32()), ("context", pa.int32())])
 
 
@@ -59,7 +59,7 @@ def units_of_table(table: pa.Table, where: str) -> list[Unit]:
 
 def save_plan(files: Files, units: Seq[Unit]) -> str:
     """Write a plan after those that are there; returns its name."""
-    digest = _digest(units)
+    digest = plan_digest(units)
     number = len(files.list(FOLDER)) + 1
     name = f"{FOLDER}/{number:05d}-{digest}.parquet"
     sink = io.BytesIO()
@@ -68,7 +68,7 @@ def save_plan(files: Files, units: Seq[Unit]) -> str:
     return name
 
 
-def _digest(units: Seq[Unit]) -> str:
+def plan_digest(units: Seq[Unit]) -> str:
     return digest128(b"stillroom.plan.1", *(u.id.encode() for u in units))
 
 
@@ -76,12 +76,12 @@ def load_plans(files: Files) -> list[Unit]:
     """Units of all plans, oldest plan first. Raises CorruptShard naming a file that cannot be read."""
     units: list[Unit] = []
     for name in files.list(FOLDER):
-        if re.fullmatch(_NAME, name):
-            units += _load_plan(files, name)
+        if re.fullmatch(NAME, name):
+            units += load_plan(files, name)
     return units
 
 
-def _load_plan(files: Files, name: str) -> list[Unit]:
+def load_plan(files: Files, name: str) -> list[Unit]:
     where = f"{files.uri}/{name}"
     try:
         # Not read_table: with it 10 of 480 runs of `stillroom inspect` ended with "terminate called" (pyarrow 26; why
@@ -91,6 +91,6 @@ def _load_plan(files: Files, name: str) -> list[Unit]:
         units = units_of_table(table.cast(_SCHEMA), where)
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise CorruptShard(f"plan {where} cannot be read: {' '.join(str(error).split())}") from error
-    if _digest(units) not in name:
+    if plan_digest(units) not in name:
         raise CorruptShard(f"plan {where} holds other units than its name says; the file was damaged or renamed")
     return units

@@ -97,7 +97,7 @@ def rebuild_plans(files: Files, units: Seq[Unit], damaged: Seq[str]) -> list[str
     name = None
     if units:
         ordered = sorted(units, key=lambda unit: unit.sequences[0])
-        name = _place(files, plans._digest(ordered), damaged)
+        name = _place(files, plans.plan_digest(ordered), damaged)
         sink = io.BytesIO()
         pq.write_table(plans.units_table(ordered), sink, compression="zstd", write_page_checksum=True)
         files.write(name, sink.getvalue())

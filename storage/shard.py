@@ -159,7 +159,9 @@ class ShardReader:
         if found != ref.sha256:
             raise CorruptShard(
                 f"{self.where} has sha256 {found[:16]}…, committed was {ref.sha256[:16]}…: the file was damaged or "
-                "replaced; put back a copy of it (its name holds its digest), or teach into another store.path"
+                "replaced; put back a copy of it (its name holds its digest), or run `stillroom verify "
+                f"{files.uri} --repair`, then `stillroom teach` on the recipe; a student that began on this shard trains "
+                "anew, from an empty folder"
             )
         source.seek(0)
         try:

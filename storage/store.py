@@ -14,7 +14,7 @@ from collections.abc import Container, Iterable, Iterator
 from collections.abc import Sequence as Seq
 
 from stillroom.storage import plans
-from stillroom.storage.errors import FormatMismatch, StoreError
+from stillroom.storage.errors import FormatMismatch, IdentityMismatch, StoreError
 from stillroom.storage.files import STORE_MARK, Files, open_files
 from stillroom.storage.identity import Identity
 from stillroom.storage.log import CommitLog
@@ -120,5 +120,7 @@ def create_store(uri: str, identity: Identity) -> Store:
 def _read_identity(files: Files) -> Identity:
     try:
         return Identity.from_json(files.read(IDENTITY).decode())
+    except (IdentityMismatch, FormatMismatch) as error:
+        raise type(error)(f"{files.uri}/{IDENTITY}: {error}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FormatMismatch(f"{files.uri}/{IDENTITY} cannot be read ({error}): the file was damaged") from error

@@ -7,11 +7,13 @@ teacher hours that they add up to. Costs: one file of 300 bytes to write, one to
     _stillroom/uses/<32 hex digits>.json      a student that learned from the store
 
 Files and not lines of one: an object store cannot append, and writers on several machines need not know one another.
-They count for nothing but the account: a store without them is whole, and what is not known is null.
+They count for nothing but the account: a store without them is whole, and what is not known is null. Each states a
+digest of what it says (`seal`), so that a flipped bit does not change the account unseen.
 """
 
 import json
 import re
+import time
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass, fields
@@ -20,6 +22,8 @@ from typing import Any, TypeVar
 
 from stillroom.storage.errors import CorruptShard
 from stillroom.storage.files import Files
+from stillroom.storage.identity import canonical_json
+from stillroom.storage.records import digest128
 
 USES, TAUGHT = "_stillroom/uses", "_stillroom/taught"
 
@@ -71,7 +75,8 @@ class TaughtRun:
 class Reuse:
     """What the ledgers add up to; None where something that it takes is not known.
 
-    teaching_runs: accounted for. uses: trained students. students: their names, each once. last_use: ISO 8601, UTC. tokens_read: by all of them.
+    teaching_runs, uses: accounted for; a use is a trained student. students: their names, each once. last_use: ISO
+        8601, UTC. tokens_read: by all of them.
     passes: tokens_read in passes over what the store holds.
     teacher_hours_spent: Σ actors · wall_s, so that loading and waiting count against us.
     teacher_hours_live: what a teacher would have worked had it scored every token that a student read, at the speed
@@ -101,7 +106,38 @@ Record = TypeVar("Record", Use, TaughtRun)
 
 def utc_now() -> str:
     """ISO 8601 to the second, such as 2026-11-24T08:39:42Z."""
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return utc_of(time.time())
+
+
+def utc_of(time_s: float) -> str:
+    """As `utc_now`, of seconds since 1970, such as a file's time."""
+    return datetime.fromtimestamp(time_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def seal(stated: dict[str, Any]) -> bytes:
+    """JSON of a side file, with `digest`: BLAKE2b-128 over the canonical JSON of everything else."""
+    held = {key: value for key, value in stated.items() if key != "digest"}
+    return (json.dumps(held | {"digest": _digest(held)}, ensure_ascii=False, indent=2) + "\n").encode()
+
+
+def unseal(data: bytes) -> dict[str, Any]:
+    """What was sealed; what has no digest is taken as it is. Raises ValueError where it is not what it was."""
+    held = json.loads(data)
+    if not isinstance(held, dict):
+        raise ValueError("it is no JSON object")
+    stated = held.pop("digest", None)
+    if stated is not None and stated != _digest(held):
+        raise ValueError("its content is not what its digest says")
+    return held
+
+
+def _digest(held: dict[str, Any]) -> str:
+    return digest128(b"stillroom.side.1", canonical_json(held))
+
+
+def has_use(files: Files, key: str) -> bool:
+    """Whether a use is entered. Raises StoreError."""
+    return files.exists(f"{USES}/{_checked(key)}.json")
 
 
 def record_use(files: Files, key: str, use: Use) -> bool:
@@ -109,10 +145,9 @@ def record_use(files: Files, key: str, use: Use) -> bool:
 
     key: of the training, such as the digest of its result's bytes. Raises StoreFull, StoreError.
     """
-    name = f"{USES}/{_checked(key)}.json"
-    if files.exists(name):
+    if has_use(files, key):
         return False
-    _write(files, name, use)
+    files.write(f"{USES}/{key}.json", seal(asdict(use)))
     return True
 
 
@@ -121,7 +156,7 @@ def record_taught(files: Files, key: str, taught: TaughtRun) -> None:
 
     Raises StoreFull, StoreError.
     """
-    _write(files, f"{TAUGHT}/{_checked(key)}.json", taught)
+    files.write(f"{TAUGHT}/{_checked(key)}.json", seal(asdict(taught)))
 
 
 def load_uses(files: Files) -> list[Use]:
@@ -163,16 +198,12 @@ def _checked(key: str) -> str:
     return key
 
 
-def _write(files: Files, name: str, record: Use | TaughtRun) -> None:
-    files.write(name, (json.dumps(asdict(record), ensure_ascii=False) + "\n").encode())
-
-
 def _load(files: Files, folder: str, kind: type[Record]) -> Iterable[Record]:
     for name in files.list(folder):
         if not _NAME.fullmatch(name):
             continue
         try:
-            held = json.loads(files.read(name))
+            held = unseal(files.read(name))
             # A later release may say more; what this one counts must be there, and be of its type.
             yield kind(**{field.name: _typed(held[field.name], field.type) for field in fields(kind)})
         except (ValueError, KeyError, TypeError) as error:

@@ -14,7 +14,7 @@ what it reads: one core gives 50,000 positions a second at k = 64, 3.2 million r
 for the likeliest. Probabilities are at T = 1 over the whole vocabulary, the tail included, in float64. Views need no
 extension; only the files of a store in a bucket need DuckDB's httpfs.
 
-    _stillroom/tokens.parquet     id int32, token string, text string: what ids mean, for people
+    _stillroom/tokens-<sha256>.parquet     id int32, token string, text string: what ids mean, for people
 
 `token` is the vocabulary's own spelling (null where an id has none), `text` what the id decodes to alone.
 """
@@ -30,11 +30,13 @@ from stillroom.storage.calibration import calibration_path
 from stillroom.storage.codecs.hidden import ZERO
 from stillroom.storage.codecs.tail import STEP
 from stillroom.storage.errors import StoreError
-from stillroom.storage.files import Files
+from stillroom.storage.files import Files, sha256_hex
 from stillroom.storage.records import BETAS, HiddenSpec, SampledSpec, TopKSpec
 from stillroom.storage.store import Store
 
-TOKENS = "_stillroom/tokens.parquet"
+FOLDER = "_stillroom"
+
+_NAME = re.compile(rf"{FOLDER}/tokens-[0-9a-f]{{64}}\.parquet")
 
 _TOKENS_SCHEMA = pa.schema(
     [pa.field("id", pa.int32(), nullable=False), ("token", pa.string()), pa.field("text", pa.string(), nullable=False)]
@@ -53,8 +55,15 @@ class TokenRow(NamedTuple):
     text: str
 
 
-def write_token_table(files: Files, rows: Iterable[TokenRow]) -> None:
-    """Keep what ids mean beside a store's numbers. It is for people: nothing in stillroom reads it.
+def token_table(files: Files) -> str | None:
+    """The name of a store's token table, or None. Raises StoreError."""
+    return next((name for name in files.list(FOLDER) if _NAME.fullmatch(name)), None)
+
+
+def write_token_table(files: Files, rows: Iterable[TokenRow]) -> str:
+    """Keep what ids mean beside a store's numbers; returns the file's name, which holds its content's digest.
+
+    It is for people: nothing in stillroom but these views reads it.
 
     rows: by rising id. Raises StoreFull, StoreError.
     """
@@ -62,7 +71,10 @@ def write_token_table(files: Files, rows: Iterable[TokenRow]) -> None:
     sink = pa.BufferOutputStream()
     columns = [pa.array(ids, pa.int32()), pa.array(tokens, pa.string()), pa.array(texts, pa.string())]
     pq.write_table(pa.table(columns, schema=_TOKENS_SCHEMA), sink, compression="zstd", write_page_checksum=True)
-    files.write(TOKENS, memoryview(sink.getvalue()))
+    data = memoryview(sink.getvalue())
+    name = f"{FOLDER}/tokens-{sha256_hex(data)}.parquet"
+    files.write(name, data)
+    return name
 
 
 def views_sql(store: Store) -> str:
@@ -94,8 +106,9 @@ def views_sql(store: Store) -> str:
 
 
 def _tokens(files: Files) -> str:
-    if files.exists(TOKENS):
-        return f"SELECT * FROM {_parquet([f'{files.uri}/{TOKENS}'])}"
+    name = token_table(files)
+    if name is not None:
+        return f"SELECT * FROM {_parquet([f'{files.uri}/{name}'])}"
     return "SELECT NULL::INTEGER AS id, NULL::VARCHAR AS token, NULL::VARCHAR AS text WHERE false"
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from stillroom.storage.calibration import save_calibration
+from stillroom.storage.calibration import find_head, save_calibration
 from stillroom.storage.errors import BadLogits, IdentityMismatch
 from stillroom.storage.files import open_files
 from stillroom.storage.identity import Identity
@@ -68,13 +68,15 @@ class TeacherActor:
         the calibration of its channels, measured on these sequences (int16: read off the head). Returns the
         calibration's digest, "" for none.
 
-        Raises TeacherError if this architecture's head cannot be stored, StoreFull, StoreError.
+        Raises TeacherError if this architecture's head cannot be stored, StoreFull, StoreError, also for the head of
+        another teacher.
         """
         teacher = self._teacher()
         assert isinstance(teacher, TorchTeacher)
         files = open_files(self._store)
         head = teacher.output_head()
         save_head(files, head)
+        find_head(files)  # one of another teacher may lie there, whose store was never founded
         spec = self._identity.signal.hidden
         assert spec is not None
         if spec.dtype == "int16":

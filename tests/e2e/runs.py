@@ -21,6 +21,7 @@ import psutil
 import yaml
 
 from stillroom.pipeline.console import Console
+from stillroom.pipeline.founding import found_store
 from stillroom.pipeline.plan import Plan, make_plan
 from stillroom.pipeline.precompute import _payloads, _truth_wanted
 from stillroom.pipeline.recipe import load_recipe
@@ -128,14 +129,15 @@ def rows(store: Store) -> dict[str, dict[str, Any]]:
     found = {}
     for stored in store.sequences():
         assert stored.signal is not None
-        topk = stored.signal.topk
-        assert topk is not None
-        found[stored.sequence.digest] = {
-            "input_ids": stored.sequence.input_ids,
-            "ids": topk.ids,
-            "logits": topk.logits,
-            "tail_lse": topk.tail_lse,
-        }
+        topk, sampled, hidden = stored.signal.topk, stored.signal.sampled, stored.signal.hidden
+        arrays: dict[str, Any] = {"input_ids": stored.sequence.input_ids}
+        if topk is not None:
+            arrays |= {"ids": topk.ids, "logits": topk.logits, "tail_lse": topk.tail_lse, "kept": topk.kept}
+        if sampled is not None:
+            arrays |= {"drawn_ids": sampled.ids, "drawn_counts": sampled.counts}
+        if hidden is not None:
+            arrays |= {"hidden": hidden}
+        found[stored.sequence.digest] = arrays
     return found
 
 
@@ -176,10 +178,12 @@ def kill_group(process: "subprocess.Popen[str]") -> None:
 
 
 def distil(setup: Setup, *overrides: str) -> tuple[Recipe, Sources, Plan]:
-    """corpus → plan → teach in this process: the actor's own class without Ray. Returns what was planned."""
+    """corpus → plan → teach in this process: the actor's own class without Ray, but for the founding of a hidden part.
+    Returns what was planned."""
     recipe = setup.recipe(*overrides)
     sources = Sources(recipe, Console(quiet=True))
-    manifest, store = sources.manifest(), sources.store()
+    manifest = sources.manifest()
+    store = found_store(recipe, sources, manifest, Console(quiet=True))
     plan = make_plan(manifest, store, unit_tokens=recipe.store.unit_tokens, seed=0)
     if plan.pending:
         actor = TeacherActor(sources.teacher_spec(), store.identity, store.uri)

@@ -162,7 +162,7 @@ class TestStores:
         assert main(["ls", str(Path(store.uri).parent), "--json"]) == 0
         assert [found["shards"] for found in json.loads(capsys.readouterr().out)["stores"]] == [3]
         assert main(["ls", str(Path(store.uri).parent)]) == 0
-        assert store.identity.id in capsys.readouterr().out
+        assert store.identity.teacher.split()[0] in capsys.readouterr().out
 
     def test_inspect(self, store: Store, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["inspect", store.uri, "--json"]) == 0

@@ -135,7 +135,7 @@ class TestSignal:
             (["signal.topk=null", "signal.hidden={dtype: bfloat16}"], SignalSpec(hidden=HiddenSpec(576, "bfloat16"))),
             (
                 ["signal.sampled={draws: 12}", "signal.hidden={}"],
-                SignalSpec(TopKSpec(32, 1 / 16), SampledSpec(12), HiddenSpec(576, "int8")),
+                SignalSpec(TopKSpec(32, 1 / 16), SampledSpec(12), HiddenSpec(576, "int16")),
             ),
         ],
     )
@@ -147,7 +147,7 @@ class TestSignal:
 
     def test_the_calibration_is_the_stores(self, recipe_file: Path) -> None:
         spec = load_recipe(recipe_file, ["signal.hidden={}"]).signal.spec(width=8, calibration="ab" * 32)
-        assert spec.hidden == HiddenSpec(8, "int8", "ab" * 32)
+        assert spec.hidden == HiddenSpec(8, "int16", "ab" * 32)
 
     @pytest.mark.parametrize(
         ("words", "message"),
@@ -166,7 +166,7 @@ class TestSignal:
             ),
             (["signal.topk.layout=tight"], 'signal.topk.layout: expected plain or packed, got "tight"'),
             (["signal.sampled={draws: 40000}"], "signal.sampled.draws: expected at most 32767, got 40000"),
-            (["signal.hidden={dtype: int4}"], "signal.hidden.dtype: expected int8 or bfloat16, got"),
+            (["signal.hidden={dtype: int4}"], "signal.hidden.dtype: expected int16, int8 or bfloat16, got"),
             (["signal.k=8"], "unknown key signal.k (did you mean "),
         ],
     )

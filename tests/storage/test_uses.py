@@ -1,9 +1,11 @@
 """uses.py: the ledgers of a store: what comes back, what is refused, and what they add up to."""
 
 import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -82,6 +84,30 @@ def test_a_value_that_cannot_be_is_refused(tmp_path: Path, name: str, value: obj
     with pytest.raises(CorruptShard, match=f"{KEYS[0]}.json cannot be read") as caught:
         load_uses(files)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("folder", [USES, TAUGHT])
+def test_a_flipped_bit_is_seen_or_harmless(tmp_path: Path, folder: str) -> None:
+    """A bit of every byte of both kinds of file: an error that names it, or the same record."""
+    files = LocalFiles(tmp_path)
+    record_use(files, KEYS[0], USE)
+    record_taught(files, KEYS[0], RUN)
+    name = f"{folder}/{KEYS[0]}.json"
+    whole = files.read(name)
+    held: dict[str, Callable[[], Any]] = {USES: lambda: load_uses(files), TAUGHT: lambda: load_taught(files)}
+    errors = []
+    for at in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[at] ^= 1 << at % 8
+        (tmp_path / name).write_bytes(damaged)
+        try:
+            found = held[folder]()
+        except CorruptShard as error:
+            errors.append(str(error))
+        else:
+            assert found == [USE if folder == USES else RUN]
+    assert len(errors) > 0.7 * len(whole)
+    assert all(name in line for line in errors)
 
 
 @pytest.mark.parametrize("missing", list(asdict(RUN)))

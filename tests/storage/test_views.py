@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from stillroom.pipeline.cli import main
 from stillroom.pipeline.token_text import keep_token_table, token_rows
 from stillroom.storage.errors import StoreError
-from stillroom.storage.files import LocalFiles
+from stillroom.storage.files import LocalFiles, content_digest, sha256_hex
 from stillroom.storage.records import (
     HiddenSpec,
     NucleusSpec,
@@ -25,7 +25,7 @@ from stillroom.storage.records import (
     TopKSpec,
 )
 from stillroom.storage.store import Store, create_store
-from stillroom.storage.views import TOKENS, TokenRow, views_sql, write_token_table
+from stillroom.storage.views import TokenRow, token_table, views_sql, write_token_table
 from tests.storage.test_plain_readers import PLAIN, D, K, N, V, signals
 from tests.strategies import random_sequences, tiny_identity, tiny_store, write_unit
 from tests.tiny import tiny_tokenizer
@@ -197,8 +197,12 @@ def test_the_token_table_has_every_id(tmp_path: Path) -> None:
     """Also those that the vocabulary lacks, and bytes that are no character."""
     tokenizer = tiny_tokenizer(tmp_path / "tokenizer")
     rows = list(token_rows(tokenizer, len(tokenizer) + 2))
-    write_token_table(LocalFiles(tmp_path), rows)
-    table = pq.read_table(tmp_path / TOKENS, use_threads=False)
+    files = LocalFiles(tmp_path)
+    assert token_table(files) is None
+    name = write_token_table(files, rows)
+    assert token_table(files) == name
+    assert content_digest(name) == sha256_hex(files.read(name))  # so that `verify` checks it
+    table = pq.read_table(tmp_path / name, use_threads=False)
     assert table["id"].to_pylist() == list(range(len(tokenizer) + 2))
     assert table["token"].to_pylist() == [*tokenizer.convert_ids_to_tokens(range(len(tokenizer))), None, None]
     assert table["text"].to_pylist()[-2:] == ["", ""]
