@@ -117,7 +117,7 @@ def is_state_text(text: str) -> bool:
 
 def _folded(*columns: NDArray[np.bytes_]) -> NDArray[np.uint64]:
     """uint64 [N] that differ where one bit of a row does: its words by odd factors."""
-    words = np.concatenate([c.view("<u8").reshape(len(c), -1) for c in columns], axis=1)
+    words = np.concatenate([c.view("<u8").reshape(len(c), c.itemsize // 8) for c in columns], axis=1)
     folded = np.zeros(len(words), np.uint64)
     for word, odd in zip(words.T, _ODD, strict=False):
         folded += word * odd
