@@ -65,8 +65,8 @@ def enter_use(store: str, run: str, job: StudentJob, console: Console) -> bool:
     """Enter a trained student in the account of the store that taught it; whether there was something to enter.
 
     store: its URI. run: the recipe's name. Called again, also after the run's folder was moved, it does nothing: the
-    key is the digest of the result's bytes. A student of hard labels used no teacher. A store that cannot be written, such
-    as one for which there are only a reader's keys, costs a notice and not the student.
+    key is the digest of the result's bytes. A student of hard labels used no teacher. A store that cannot be written,
+    such as one for which there are only a reader's keys, costs a notice and not the student.
     """
     if job.snapshot is None or job.student.losses.alpha == 0:
         return False

@@ -75,7 +75,7 @@ class TopKCodec:
         ]
 
     def decode(self, columns: Mapping[str, pa.Array], rows: Counts) -> TopK:
-        """The block; without a nucleus its ids are a view of the column."""
+        """The block, in arrays of its own that `torch.from_numpy` takes as they are."""
         flats = {field.name: flat(columns[field.name]) for field in self.fields()}
         total, k = int(rows.sum()), self.spec.k
         require_lengths("top_logit", flats["top_logit"][1], rows)
@@ -93,7 +93,9 @@ class TopKCodec:
         tail_size = self.vocabulary - (k if counts is None else counts)
         tail = decode_tail(flats["tail_code"][0].reshape(total, len(BETAS)), top, tail_size)
         if counts is None:
-            return TopK(ids.reshape(total, k), logits_of(gaps.reshape(total, k), top, self.spec.gap_step), tail)
+            # Arrow's memory is not to be written to, and torch wants arrays that may be: 2 % of decoding.
+            ids_RK = ids.reshape(total, k).copy()
+            return TopK(ids_RK, logits_of(gaps.reshape(total, k), top, self.spec.gap_step), tail)
         width = int(counts.max(initial=1))
         used = np.arange(width) < counts[:, None]
         ids_RK = np.full((total, width), -1, np.int32)

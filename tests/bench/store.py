@@ -221,10 +221,8 @@ def speed(data: Scored, store: Store, root: Path) -> dict[str, Any]:
                     assert stored.signal is not None
                     assert stored.signal.topk is not None
                     topk = stored.signal.topk
-                    torch.from_numpy(topk.logits)
-                    # Ids are a view of Arrow's memory, which is read-only: torch would warn, and nothing is copied.
-                    assert topk.ids.dtype == np.int32
-                    read += len(topk)
+                    read += len(torch.from_numpy(topk.ids))
+                    assert torch.from_numpy(topk.logits).dtype == torch.float32
         return read
 
     found = alternate({"encode": encode, "decode": decode})
