@@ -9,7 +9,11 @@ from stillroom.pipeline.student.config import advice
 
 
 def notices(recipe: Recipe) -> list[str]:
-    lines = [f"student {student.name}: {line}" for student in recipe.students for line in advice(student)]
+    held = [part for part in ("hidden", "topk", "sampled") if getattr(recipe.signal, part) is not None]
+    lines = []
+    for student in recipe.students:
+        part = held[0] if student.losses.signal == "auto" else student.losses.signal
+        lines += [f"student {student.name}: {line}" for line in advice(student, part)]
     topk = recipe.signal.topk
     if topk is not None and topk.k < 32:
         lines.append(

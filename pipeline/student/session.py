@@ -88,7 +88,7 @@ class Session:
             self.job.run_dir, name=self.config.name, done=progress.step, total=self.total_steps,
             log_every=self.config.log_every,
         ) as log:  # fmt: skip
-            for notice in [*advice(self.config), *notices, *self._remarks(progress)]:
+            for notice in [*advice(self.config, self.teaching.part), *notices, *self._remarks(progress)]:
                 log.say(f"notice: {notice}")
             if progress.step == 0:
                 progress = replace(progress, before=self._evaluate(log, step=0))

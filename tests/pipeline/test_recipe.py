@@ -371,7 +371,7 @@ class TestNotices:
     @pytest.mark.parametrize(
         ("word", "named"),
         [
-            ("students.1.losses.temperature=1", "student large: losses.temperature is 1; 2 … 10"),
+            ("students.1.losses.temperature=5", "student large: losses.temperature is 5: above 2, top-k"),
             ("students.1.losses.alpha=0.3", "student large: losses.alpha is 0.3; 0.5 … 0.9"),
             ("students.1.lr=1e-3", "student large: lr is 0.001; 1e-5 … 5e-5"),
             ("signal.topk.k=8", "signal.topk.k is 8"),

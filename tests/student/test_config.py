@@ -70,9 +70,11 @@ def test_advice_speaks_up_outside_the_advised_ranges_only() -> None:
     notices = " | ".join(advice(config(lr=1e-3, losses={"alpha": 0.3, "temperature": 4}, steps=30)))
     assert "lr is 0.001" in notices
     assert "alpha is 0.3" in notices
-    assert "47°" in notices
+    assert "61° at 4" in notices
     assert "warmup_steps is 20" in notices
-    assert "advised range" in advice(config(losses={"temperature": 1}))[0]
+    assert "advised range" in advice(config(losses={"temperature": 1}), "hidden")[0]
+    assert advice(config(losses={"temperature": 1}), "topk") == [], "there top-k ids are at their best"
+    assert advice(config(losses={"temperature": 4}), "hidden") == []
     assert advice(config(losses={"alpha": 0, "temperature": 8})) == []
 
 
