@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from stillroom.pipeline.account import TeachingAccount
 from stillroom.pipeline.console import Console, Progress, format_bytes, format_count, format_duration
 from stillroom.pipeline.fidelity import keep_fidelity
 from stillroom.pipeline.founding import found_store, require_room
@@ -19,6 +20,7 @@ from stillroom.pipeline.plan import Plan, make_plan
 from stillroom.pipeline.process import uninterrupted
 from stillroom.pipeline.recipe.schema import Recipe
 from stillroom.pipeline.sources import Sources
+from stillroom.pipeline.token_text import keep_token_table
 from stillroom.storage.manifest import Manifest
 from stillroom.storage.records import Receipt, Sequence, Unit
 from stillroom.storage.sample import choose
@@ -97,6 +99,7 @@ def teach(
 
     Raises StoreFull, before or while teaching, if the rest would not fit; what the teacher raises.
     """
+    keep_token_table(store.files, sources.tokenizer, store.identity.vocabulary)
     seed = recipe.students[0].seed if recipe.students else 0
     plan = make_plan(manifest, store, unit_tokens=recipe.store.unit_tokens, seed=seed)
     taught = Taught(plan.sequences, plan.held)
@@ -109,7 +112,7 @@ def teach(
     )
     sources.require_length(int(max(max(u.tokens) for u in plan.pending)))
     require_room(store.uri, 0, store.files.free_bytes(), recipe=recipe)
-    batch = _Batch(store, taught, ledger, on_behalf_of)
+    batch = _Batch(store, taught, ledger, on_behalf_of, TeachingAccount(store.files, recipe.name))
     _score(recipe, plan, manifest, store, sources, batch, console)
     return taught
 
@@ -191,15 +194,17 @@ class _Batch:
         taught: Taught,
         ledger: Ledger,
         on_behalf_of: str,
+        account: TeachingAccount,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store, self.taught, self._ledger, self._clock = store, taught, ledger, clock
-        self._on_behalf_of = on_behalf_of
+        self._on_behalf_of, self._account = on_behalf_of, account
         self._waiting: list[Receipt] = []
         self._last = clock()
 
     def start(self) -> None:
-        """The clock runs from here: loading the teacher is not capture."""
+        """The clock runs from here: loading the teacher is not capture. The account has it as well."""
+        self._account.start(self.taught.actors)
         self._last = self._clock()
 
     def add(self, receipt: Receipt) -> None:
@@ -211,7 +216,7 @@ class _Batch:
             self.commit()
 
     def commit(self) -> None:
-        """Log and ledger together: a Ctrl-C between the two would leave work that the ledger never counts."""
+        """Log, ledger and account together: a Ctrl-C between them would leave work that they never count."""
         if not self._waiting:
             return
         with uninterrupted():
@@ -227,6 +232,7 @@ class _Batch:
                     "wall_s": round(seconds, 3),
                 }
             )
+            self._account.add(self._waiting)
             self.taught.wall_s += seconds
             self._waiting = []
             self._last = self._clock()

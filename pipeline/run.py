@@ -20,8 +20,8 @@ from stillroom.pipeline.recipe import save_resolved
 from stillroom.pipeline.recipe.schema import Recipe
 from stillroom.pipeline.sources import Sources
 from stillroom.pipeline.train import require_possible, require_untouched, show_students, student_line, train
+from stillroom.storage.catalog import summary as summary_of
 from stillroom.storage.files import LocalFiles
-from stillroom.storage.query import inspect_store
 from stillroom.storage.store import Store
 
 
@@ -56,7 +56,7 @@ def summarise(
     recipe: Recipe, store: Store, ledger: Ledger, students: list[dict[str, Any]], evaluation: dict[str, Any]
 ) -> dict[str, Any]:
     """The run in numbers; teaching counted over all its runs, interrupted ones too."""
-    held = inspect_store(store.uri)
+    held = summary_of(store)
     first = recipe.students[0].name if recipe.students else ""
     later = {s.name for s in recipe.students[1:]}
     return {

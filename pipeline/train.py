@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from stillroom.pipeline.account import enter_use
 from stillroom.pipeline.console import Console
 from stillroom.pipeline.fidelity import require_supported
 from stillroom.pipeline.recipe.schema import Recipe
@@ -73,6 +74,8 @@ def train(recipe: Recipe, student: StudentConfig, console: Console) -> dict[str,
             raise StudentError(f"student {student.name} ended without a result in {folder}")
     else:
         console.info(f"train: {student.name} is trained already, in {folder}")
+    # Also of one that was trained before: its store may have been out of reach then, or we killed.
+    enter_use(recipe.store.path, recipe.name, job, console)
     return result
 
 
