@@ -75,6 +75,7 @@ def require_taught(student: StudentConfig, signal: SignalSpec, *, where: str) ->
 def require_supported(recipe: Recipe, student: StudentConfig, store: Store) -> None:
     """Raises UnsupportedSignal if the store does not support the student's loss within the recipe's bound, with the
     measured number and the remedy."""
+    require_taught(student, store.identity.signal, where=store.uri)
     if student.losses.alpha == 0 or recipe.fidelity.positions == 0:
         return
     temperature = student.losses.temperature

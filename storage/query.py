@@ -4,6 +4,7 @@ Enters: a URI. Leaves: JSON-able dictionaries. Costs: log and plans, one listing
 store, at most 64 shard footers for the columns' sizes.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,7 @@ def inspect_store(uri: str, unit: str | None = None, *, positions: int = 64) -> 
     return found
 
 
-def _on_disk(store: Store, refs: dict[str, ShardRef], tokens: int) -> dict[str, Any]:
+def _on_disk(store: Store, refs: Mapping[str, ShardRef], tokens: int) -> dict[str, Any]:
     """All files of the store by what they are, leftovers of stopped writers too.
 
     all_in_bytes_per_token: everything but the fidelity sample and the output head, which do not grow with the store.

@@ -1,7 +1,7 @@
 """Which shards a log names, as columns: a million of them in 110 MB, and a `ShardRef` only where one is asked for.
 
-Enters: paths and sizes as the log has them. Leaves: a mapping from unit to `ShardRef`. Costs: 0.4 s a million; the first
-look-up by unit 0.2 s and 200 MB more.
+Enters: paths and sizes as the log has them. Leaves: a mapping from unit to `ShardRef`. Costs: 0.4 s a million; the
+first look-up by unit 0.2 s and 200 MB more.
 """
 
 import zlib
@@ -20,7 +20,7 @@ from stillroom.storage.shard import parse_shard_path, shard_path
 
 #: A path with a mark where hexadecimal digits stand.
 _PATTERN = np.frombuffer(shard_path("*" * 32, "*" * 64).encode(), np.uint8)
-_DIGITS = _PATTERN == ord("*")
+_DIGITS = ord("*") == _PATTERN
 _UNIT = slice(int(np.argmax(_DIGITS)), int(np.argmax(_DIGITS)) + 32)
 _SHA256 = slice(_UNIT.stop + 1, _UNIT.stop + 65)
 _ODD = mix(np.arange(13, dtype=np.uint64)) | np.uint64(1)

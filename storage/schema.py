@@ -27,6 +27,12 @@ def shard_schema(codec: SignalCodec) -> pa.Schema:
     )
 
 
+def value_bytes(schema: pa.Schema) -> dict[str, int]:
+    """The least that a value of each column takes in a page, by the path that Parquet knows it under."""
+    lists = {element(f.name): f.type.value_type.bit_width // 8 for f in schema if pa.types.is_list(f.type)}
+    return lists | {f.name: 4 for f in schema if not pa.types.is_list(f.type)}
+
+
 def parquet_settings(codec: SignalCodec) -> dict[str, Any]:
     """Writer settings. zstd 3: level 19 saves 4 % and encodes twenty times slower."""
     return {
@@ -73,7 +79,7 @@ def read_footer(metadata: dict[bytes, bytes] | None, where: str) -> dict[str, An
     try:
         described: dict[str, Any] = json.loads(metadata[b"stillroom"])
         version = described["format"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise FormatMismatch(f"{where} has unreadable stillroom metadata ({error})") from error
     if version not in READABLE_FORMATS:
         raise FormatMismatch(f"{where} is of format {version}, this release reads {READABLE_FORMATS}")

@@ -25,8 +25,9 @@ from stillroom.storage.codecs.signal import SignalCodec, positions_per_group, ro
 from stillroom.storage.errors import CorruptShard, FormatMismatch, StoreError
 from stillroom.storage.files import Files, sha256_hex
 from stillroom.storage.identity import Identity
+from stillroom.storage.pages import MOST_BYTES, check_group
 from stillroom.storage.records import Sequence, ShardRef, Signal, SignalSpec, Unit
-from stillroom.storage.schema import footer_metadata, parquet_settings, read_footer, shard_schema
+from stillroom.storage.schema import footer_metadata, parquet_settings, read_footer, shard_schema, value_bytes
 
 FOLDER = "shards"
 
@@ -110,7 +111,13 @@ def write_shard(
     with pq.ParquetWriter(sink, schema, **parquet_settings(codec)) as writer:
         for group in row_groups(unit.rows, identity.signal):
             part = slice(group.start, group.stop)
-            writer.write_batch(_record_batch(codec, schema, sequences[part], blocks[part]), row_group_size=len(group))
+            batch = _record_batch(codec, schema, sequences[part], blocks[part])
+            if batch.nbytes > MOST_BYTES // 2:  # a reader refuses twice that
+                raise ValueError(
+                    f"unit {unit.id}: a row group of {batch.nbytes:,} bytes, at most {MOST_BYTES // 2:,} are read "
+                    "back; lower corpus.window"
+                )
+            writer.write_batch(batch, row_group_size=len(group))
         writer.add_key_value_metadata(footer_metadata(identity, unit.id, provenance))
     data = sink.getvalue()
     digest = sha256_hex(memoryview(data))
@@ -155,13 +162,14 @@ class ShardReader:
         self._codec = whole if parts is None else whole.only(parts)
         self._columns = ["context", "input_ids", *(field.name for field in self._codec.fields())]
         source = files.open(ref.path)
-        found = sha256_hex(memoryview(source.read_buffer()))
+        data = memoryview(source.read_buffer())
+        found = sha256_hex(data)
         if found != ref.sha256:
             raise CorruptShard(
                 f"{self.where} has sha256 {found[:16]}…, committed was {ref.sha256[:16]}…: the file was damaged or "
                 "replaced; put back a copy of it (its name holds its digest), or run `stillroom verify "
-                f"{files.uri} --repair`, then `stillroom teach` on the recipe; a student that began on this shard trains "
-                "anew, from an empty folder"
+                f"{files.uri} --repair`, then `stillroom teach` on the recipe; a student that began on this shard "
+                "trains anew, from an empty folder"
             )
         source.seek(0)
         try:
@@ -175,12 +183,22 @@ class ShardReader:
                 f"{self.where} is unit {stated[0]} of identity {stated[1]}, "
                 f"expected unit {ref.unit} of identity {identity.id}"
             )
-        if not self._file.schema_arrow.equals(shard_schema(whole)):
+        schema = shard_schema(whole)
+        if not self._file.schema_arrow.equals(schema):
             found = ", ".join(f"{field.name} {field.type}" for field in self._file.schema_arrow)
             raise FormatMismatch(
                 f"{self.where} has other columns than a shard of format {identity.format} and {whole.spec.in_words()}: "
                 f"{found}"
             )
+        self._check_pages(data, value_bytes(schema))
+
+    def _check_pages(self, data: memoryview, sizes: dict[str, int]) -> None:
+        """A shard of someone else's making has a right digest too: what it claims is looked at before it is decoded."""
+        for group in range(self.groups):
+            try:
+                check_group(data, self._file.metadata.row_group(group), sizes)
+            except ValueError as error:
+                raise CorruptShard(f"{self.where}, row group {group}: {error}") from error
 
     @property
     def groups(self) -> int:

@@ -19,6 +19,7 @@ from stillroom.storage.files import STORE_MARK, Files, open_files
 from stillroom.storage.identity import Identity
 from stillroom.storage.log import CommitLog
 from stillroom.storage.records import Receipt, ShardRef, Unit
+from stillroom.storage.refs import Refs
 from stillroom.storage.schema import shard_schema
 from stillroom.storage.shard import FOLDER as SHARDS
 from stillroom.storage.shard import ShardReader, StoredSequence, signal_codec
@@ -40,7 +41,7 @@ class Store:
     def uri(self) -> str:
         return self.files.uri
 
-    def committed(self) -> dict[str, ShardRef]:
+    def committed(self) -> Refs:
         """Committed shards by unit id, as the log has them now."""
         return self._log.refs()
 
@@ -48,7 +49,7 @@ class Store:
         """Make written shards count, each unit once; returns the receipts that this call made count."""
         return self._log.commit(receipts)
 
-    def planned(self) -> list[Unit]:
+    def planned(self) -> plans.Units:
         """Units of all saved plans, oldest first, committed or not."""
         return plans.load_plans(self.files)
 
@@ -59,8 +60,9 @@ class Store:
     def snapshot(self, sequences: Container[str] | None = None) -> Snapshot:
         """Pin what is committed now, or of that the units that hold any of `sequences`.
 
-        Raises StoreError where the log names a unit that no plan has.
+        Raises StoreError where the log names a unit that no plan has, or was damaged.
         """
+        self._log.require_whole()
         refs = self.committed()
         units = tuple({u.id: u for u in self.planned() if u.id in refs}.values())
         if len(units) != len(refs):
@@ -78,7 +80,8 @@ class Store:
         return ShardReader(self.files, ref, self.identity)
 
     def sequences(self) -> Iterator[StoredSequence]:
-        """Every committed sequence, by unit id."""
+        """Every committed sequence, by unit id. Raises StoreError where the log was damaged, CorruptShard."""
+        self._log.require_whole()
         for _, ref in sorted(self.committed().items()):
             yield from self.reader(ref)
 

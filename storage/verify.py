@@ -6,7 +6,7 @@ one row group of it in memory at a time; about 300,000 tokens/s a core at k = 64
 What each problem is and who can mend it stands with it; storage/repair.py mends what needs no person.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,7 +62,7 @@ class Report:
 
     store: Store
     plans: Plans
-    refs: dict[str, ShardRef]
+    refs: Mapping[str, ShardRef]
     problems: list[Problem] = field(default_factory=list)
     unplanned: dict[str, Unit] = field(default_factory=dict)
     agreement: Agreement = field(default_factory=Agreement)

@@ -20,8 +20,8 @@ from stillroom.storage.codecs.sampled import SampledCodec
 from stillroom.storage.codecs.topk import TopKCodec
 from stillroom.storage.records import Signal, SignalSpec
 
-#: The widest column of a row group holds at most this many values; of hidden states, eight times as many. At k = 64 that
-#: is 4,096 positions, 1 MiB of ids. Measured: 4–16 rows of 512 tokens scan at 780,000 tokens/s a core, one row at
+#: The widest column of a row group holds at most this many values; of hidden states, eight times as many. At k = 64
+#: that is 4,096 positions, 1 MiB of ids. Measured: 4–16 rows of 512 tokens scan at 780,000 tokens/s a core, one row at
 #: 630,000, 80 rows at 220,000.
 VALUES_PER_GROUP = 2**18
 

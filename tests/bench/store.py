@@ -93,7 +93,8 @@ def bench(data: Scored, folder: Path) -> dict[str, Any]:
         "k": K,
         "vocabulary": data.identity.vocabulary,
         "bytes_per_token_topk64": by_tier["topk"],
-        "kl_added_topk64": {t: row["kl_added_nats"] for t, row in fidelity["topk"]["topk"].items()},
+        "kl_added_topk64": fidelity["topk"]["topk"]["1"]["kl_added_nats"],
+        "kl_added_topk64_by_temperature": {t: row["kl_added_nats"] for t, row in fidelity["topk"]["topk"].items()},
         "bytes_per_token_packed64": by_tier["packed"],
         "bytes_per_token_sampled50": by_tier["sampled"],
         "bytes_per_token_sampled50_signal": round(
@@ -107,7 +108,8 @@ def bench(data: Scored, folder: Path) -> dict[str, Any]:
         "hidden_width": data.width,
         "gradient_angle_deg_hidden": {t: row["gradient_angle_deg"] for t, row in fidelity["hidden"]["hidden"].items()},
         **speeds,
-        "naive_bytes_per_token": naive,
+        "naive_bytes_per_token": naive["int64 ids + float32"],
+        "naive_layouts_bytes_per_token": naive,
         "tiers": rows,
     }
 
@@ -274,7 +276,7 @@ def show(result: dict[str, Any]) -> None:
         kl = "  ".join("–" if n["kl_added_nats"] is None else f"{n['kl_added_nats']:.1e}" for n in numbers)
         angle = "  ".join(f"{n['gradient_angle_deg']:.2f}" for n in numbers)
         table.add_row(name, f"{row['bytes_per_token']:.1f}", kl, angle)
-    for name, size in result["naive_bytes_per_token"].items():
+    for name, size in result["naive_layouts_bytes_per_token"].items():
         table.add_row(f"naive: {name}", f"{size:.1f}", "", "")
     console = Console(width=120)
     console.print(table)

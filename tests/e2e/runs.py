@@ -146,6 +146,7 @@ def assert_equal_rows(one: str | Path, other: str | Path) -> None:
     a, b = rows(open_store(str(one))), rows(open_store(str(other)))
     assert a.keys() == b.keys()
     for digest in a:
+        assert a[digest].keys() == b[digest].keys()
         for name in a[digest]:
             np.testing.assert_array_equal(a[digest][name], b[digest][name], err_msg=f"{digest} {name}")
 

@@ -3,7 +3,7 @@
 import os
 import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ def _undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Setup:
     return setup
 
 
-def committed(setup: Setup) -> dict[str, ShardRef]:
+def committed(setup: Setup) -> Mapping[str, ShardRef]:
     try:
         return open_store(str(setup.folder / "store")).committed()
     except StillroomError:
@@ -52,7 +52,7 @@ def in_mid_training(setup: Setup) -> Callable[[], bool]:
     return lambda: log.exists() and log.read_text().count('"loss"') >= 10
 
 
-def finishes_as_if_undisturbed(setup: Setup, undisturbed: Setup, before: dict[str, ShardRef]) -> None:
+def finishes_as_if_undisturbed(setup: Setup, undisturbed: Setup, before: Mapping[str, ShardRef]) -> None:
     ledger_before = sum(line["units_scored"] for line in setup.ledger())
     setup.run()
     after = committed(setup)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from stillroom.pipeline.ledger import Ledger
 from stillroom.pipeline.founding import require_room
+from stillroom.pipeline.ledger import Ledger
 from stillroom.pipeline.process import only_one, terminable, uninterrupted
 from stillroom.pipeline.recipe.schema import RayConfig, Recipe
 from stillroom.storage.errors import StillroomError, StoreFull, TeacherError

@@ -200,7 +200,7 @@ def test_a_shard_renamed_to_another_unit_is_refused(files: LocalFiles, ref: Shar
 def _forged(files: LocalFiles, table: pa.Table, ref: ShardRef) -> ShardRef:
     """A file of someone else's making under its right digest."""
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
+    pq.write_table(table, sink, use_dictionary=False)
     data = sink.getvalue().to_pybytes()
     path = shard_path(ref.unit, sha256_hex(data))
     files.write(path, data)
