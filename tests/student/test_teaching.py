@@ -160,7 +160,7 @@ def test_a_student_of_hidden_states_trains_as_one_of_the_live_teacher(
 
 
 def test_gradients_of_draws_approach_the_dense_one(tmp_path: Path, world: World, live: Any, exact: Shelf) -> None:
-    """Averaged over keys, with the loss's own path; the error falls as one over the root of their number or faster."""
+    """Averaged over keys, with the loss's own path; the error falls as one over the root of their number."""
     pack = exact.packs()[0]
     teacher_NV = live_logits(live, pack, exact.vocabulary)
     generator = torch.Generator().manual_seed(5)
@@ -168,7 +168,7 @@ def test_gradients_of_draws_approach_the_dense_one(tmp_path: Path, world: World,
     labels, weights = torch.from_numpy(pack.labels.astype(np.int64)), torch.ones(len(teacher_NV))
     dense_NV = (student_NV.softmax(-1) - teacher_NV.softmax(-1)).detach()
     total_NV, errors = torch.zeros_like(dense_NV), {}
-    for number in range(1, 257):
+    for number in range(1, 1025):
         keys = position_keys(f"{number:032x}", np.arange(len(teacher_NV)))
         drawn = draw(teacher_NV, keys, draws=20)
         targets = Targets(
@@ -180,8 +180,9 @@ def test_gradients_of_draws_approach_the_dense_one(tmp_path: Path, world: World,
         )
         total_NV += torch.autograd.grad(loss.total, student_NV)[0]
         errors[number] = float((total_NV / number - dense_NV).norm() / dense_NV.norm())
-    assert errors[256] < errors[1] / 10
-    assert errors[256] < 0.05
+    # 32 = √1024. What is left of it bounds the bias.
+    assert errors[1024] < 1.3 * errors[1] / 32
+    assert errors[1024] < 0.12
 
 
 @pytest.fixture(scope="module", name="all_parts")

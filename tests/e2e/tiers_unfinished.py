@@ -1,4 +1,4 @@
-"""Every tier through the whole path: founded, taught, measured, learned from, resumed, grown; and what is refused."""
+"""Unfinished, not collected yet: every tier through the whole path, taught, learned from, resumed, grown, refused."""
 
 import json
 import math
