@@ -1,6 +1,7 @@
 """What a hidden part needs before the first unit: written once, the same by whoever founds, and never half."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ DOCUMENTS = sentences(51, 30)
 QUIET = Console(quiet=True)
 
 
-def made(folder: Path, dtype: str | None = "int8", **over: object) -> Setup:
+def made(folder: Path, dtype: str | None = "int8", **over: Any) -> Setup:
     signal = {"topk": {"k": 8}} | ({"hidden": {"dtype": dtype}} if dtype else {})
     return Setup.make(folder, DOCUMENTS, signal=signal, students=[], **over)
 
@@ -93,7 +94,7 @@ def test_without_a_hidden_part_no_teacher_is_loaded(tmp_path: Path) -> None:
 
 def test_what_teaching_would_refuse_founds_nothing(tmp_path: Path) -> None:
     setup = made(tmp_path)
-    with pytest.raises(StoreFull, match="store.min_free_bytes"):
+    with pytest.raises(StoreFull, match=r"store\.min_free_bytes"):
         founded(setup, f"store.min_free_bytes={10**18}")
     write_corpus(tmp_path / "corpus.jsonl", ["the still drips " * 300])
     with pytest.raises(RecipeError, match="sequences of 300 tokens, the teacher's positions end at 256"):
