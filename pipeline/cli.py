@@ -166,6 +166,8 @@ def _verify(arguments: Namespace, console: Console) -> tuple[Result, int]:
         result = check(arguments.store, progress.update)
     if arguments.rescore:
         _rescore(arguments, console, result)
+    if arguments.repair and any(problem.get("repaired") for problem in result["problems"]):
+        console.info("verify: what was dropped is to be scored again: run `stillroom teach` on the store's recipe")
     return result, 1 if any(not problem.get("repaired") for problem in result["problems"]) else 0
 
 
@@ -223,6 +225,9 @@ def _transcode(arguments: Namespace, console: Console) -> tuple[Result, int]:
         console.notice(
             f"{result['sequences_missing']:,} of the sequences named are in no source, and not in the result"
         )
+    from stillroom.pipeline.fidelity import before_and_after
+
+    result["fidelity"] = before_and_after(arguments.sources[0], arguments.destination, console)
     return result, 0
 
 

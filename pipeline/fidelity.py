@@ -16,13 +16,13 @@ from stillroom.pipeline.recipe.schema import Recipe
 from stillroom.pipeline.student.config import StudentConfig, teaching_part
 from stillroom.storage.bound import Bound, supports
 from stillroom.storage.catalog import FIDELITY, kept_fidelity
-from stillroom.storage.errors import CorruptShard
+from stillroom.storage.errors import CorruptShard, IdentityMismatch, UnsupportedSignal
 from stillroom.storage.fidelity import TEMPERATURES, Block, Fidelity, Measured, NoiseBand, measure_blocks, noise
 from stillroom.storage.files import Files
 from stillroom.storage.gradient import Key
 from stillroom.storage.identity import Identity
 from stillroom.storage.records import Float32, Signal, SignalSpec, Unit, digest128
-from stillroom.storage.store import Store
+from stillroom.storage.store import Store, open_store
 from stillroom.storage.truth import FOLDER, read_positions, truth_blocks
 from stillroom.storage.uses import seal
 
@@ -30,11 +30,16 @@ Rebuild = Callable[[Signal, float], Float32]
 
 
 def keep_fidelity(recipe: Recipe, store: Store, console: Console) -> None:
-    """Measure a store at the usual temperatures and at those of the recipe's students, and keep the numbers in it.
+    """Measure a store at the usual temperatures and at those of the recipe's students, and keep the numbers in it."""
+    asked = {student.losses.temperature for student in recipe.students if student.losses.alpha > 0}
+    keep_measured(store, sorted({*TEMPERATURES, *asked}), console)
+
+
+def keep_measured(store: Store, temperatures: Seq[float], console: Console) -> None:
+    """Measure a store at these temperatures, and keep the numbers in it.
 
     Nothing is done if they are there for the same sample, or if the store keeps none.
     """
-    temperatures = sorted({*TEMPERATURES, *(s.losses.temperature for s in recipe.students if s.losses.alpha > 0)})
     found = _kept(store, console)
     sample = _sample_digest(store)
     held = {row["temperature"] for row in found["rows"]} if found and found["sample"] == sample else set()
@@ -72,9 +77,31 @@ def require_taught(student: StudentConfig, signal: SignalSpec, *, where: str) ->
         supports(None, part, student.losses.temperature, Bound(), where=where)
 
 
+def require_described(recipe: Recipe, store: Store) -> None:
+    """Raises IdentityMismatch if the store keeps something else than the recipe says, or of another dtype: all of the
+    identity that is known where the teacher's files are not at hand."""
+    held = store.identity.signal
+    width, calibration = (held.hidden.width, held.hidden.calibration) if held.hidden else (1, None)
+    asked = recipe.signal.spec(width=width, calibration=calibration)
+    parts = [("signal", held.in_words(), asked.in_words()), ("dtype", store.identity.dtype, recipe.teacher.dtype)]
+    differing = [f"{name}: store {there}, asked {here}" for name, there, here in parts if there != here]
+    if held != asked or differing:
+        raise IdentityMismatch(
+            f"store {store.uri} holds other numbers than this recipe asks for ({'; '.join(differing) or 'signal'}). "
+            "Say in the recipe what the store holds, or give the recipe's signal a store.path of its own."
+        )
+
+
 def require_supported(recipe: Recipe, student: StudentConfig, store: Store) -> None:
     """Raises UnsupportedSignal if the store does not support the student's loss within the recipe's bound, with the
-    measured number and the remedy."""
+    student's name, the measured number and the remedy."""
+    try:
+        _require_supported(recipe, student, store)
+    except UnsupportedSignal as error:
+        raise UnsupportedSignal(f"student {student.name}: {error}") from error
+
+
+def _require_supported(recipe: Recipe, student: StudentConfig, store: Store) -> None:
     require_taught(student, store.identity.signal, where=store.uri)
     if student.losses.alpha == 0 or recipe.fidelity.positions == 0:
         return
@@ -85,6 +112,23 @@ def require_supported(recipe: Recipe, student: StudentConfig, store: Store) -> N
         return
     fidelity, _ = measure_store(store, sorted({*TEMPERATURES, temperature}))
     supports(fidelity, part, temperature, bound, where=store.uri)
+
+
+def before_and_after(source: str, destination: str, console: Console) -> list[dict[str, Any]]:
+    """What transcoding made of a store's fidelity, by part and temperature; the destination's is kept in it.
+
+    Rounding is only a part of that: ids that were cut off are no longer told apart.
+    """
+    lines: dict[tuple[str, float], dict[str, Any]] = {}
+    for when, uri in (("before", source), ("after", destination)):
+        store = open_store(uri)
+        fidelity, _ = measure_store(store, TEMPERATURES)
+        for row in fidelity.rows:
+            line = lines.setdefault((row.tier, row.temperature), {"part": row.tier, "temperature": row.temperature})
+            line[f"mass_{when}"] = round(row.retained_mass, 4)
+            line[f"gradient_angle_deg_{when}"] = round(row.gradient_angle_deg, 2)
+    keep_measured(open_store(destination), TEMPERATURES, console)
+    return list(lines.values())
 
 
 def measure_store(store: Store, temperatures: Seq[float]) -> tuple[Fidelity, NoiseBand | None]:

@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from stillroom.pipeline.console import Console
 from stillroom.pipeline.recipe.schema import Recipe
 from stillroom.pipeline.sources import Sources
+from stillroom.pipeline.student.config import StudentConfig
+from stillroom.storage.errors import UnsupportedSignal
 from stillroom.storage.files import open_files
 from stillroom.storage.manifest import Manifest, ManifestIndex
 from stillroom.storage.order import unit_order
@@ -147,4 +149,18 @@ def plan_command(recipe: Recipe, *, console: Console) -> dict[str, Any]:
         from stillroom.pipeline.pilot import estimate
 
         result["estimate"] = estimate(recipe, plan, manifest, sources, console)
+    elif store:
+        console.info("plan: the store holds all of the corpus; its own fidelity tells whom it serves")
+        result["students"] = [_served(recipe, student, store) for student in recipe.students]
     return result
+
+
+def _served(recipe: Recipe, student: StudentConfig, store: Store) -> dict[str, Any]:
+    """Whether a complete store serves a student, and if not, why."""
+    from stillroom.pipeline.fidelity import require_supported
+
+    try:
+        require_supported(recipe, student, store)
+    except UnsupportedSignal as error:
+        return {"student": student.name, "temperature": student.losses.temperature, "served": False, "why": str(error)}
+    return {"student": student.name, "temperature": student.losses.temperature, "served": True, "why": None}

@@ -99,7 +99,7 @@ def _load(store: Store, ref: ShardRef, teacher: str | None, device: str) -> Torc
     text = load_tokenizer(folder).backend_tokenizer.to_str()
     parts = identity_parts(folder, text, dtype=identity.dtype, cache_dir=cache_folder())
     _require_same(store, Identity(teacher=identity.teacher, signal=identity.signal, format=identity.format, **parts))
-    provenance = store.reader(ref).footer.get("provenance", {})
+    provenance = _provenance(store.reader(ref).footer)
     return TorchTeacher(
         TeacherSpec(
             folder=folder,
@@ -138,13 +138,20 @@ def _rescore(store: Store, ref: ShardRef, teacher: TorchTeacher) -> _Rescored:
     reader = store.reader(ref)
     stored = list(reader)
     sequences = [s.sequence for s in stored]
-    provenance = reader.footer.get("provenance", {})
+    provenance = _provenance(reader.footer)
     if "batch_shapes" in provenance:
         teacher.spec = replace(teacher.spec, batch_tokens=batch_tokens_of(provenance["batch_shapes"]))
     again = Signal.concatenate(teacher.score(sequences, signal=store.identity.signal))
     held = Signal.concatenate([s.signal for s in stored if s.signal is not None])
     differs = _differing(provenance, teacher.provenance(sequences))
     return _Rescored(ref, difference(held, _rounded(store, sequences, again)), tuple(differs))
+
+
+def _provenance(footer: dict[str, Any]) -> dict[str, Any]:
+    """How the unit was scored; of a transcoded shard, how its first source was."""
+    found = footer.get("provenance", {})
+    source = found.get("source", found)
+    return dict(source[0] if isinstance(source, list) and source else source)
 
 
 def _differing(was: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from stillroom.pipeline.account import enter_use
 from stillroom.pipeline.console import Console
-from stillroom.pipeline.fidelity import require_supported
+from stillroom.pipeline.fidelity import require_described, require_supported
 from stillroom.pipeline.recipe.schema import Recipe
 from stillroom.pipeline.sources import Sources
 from stillroom.pipeline.student.bindings import EXPORT, RESULT, bindings_of, finished, read_result, require_same
@@ -58,11 +58,14 @@ def train(recipe: Recipe, student: StudentConfig, console: Console) -> dict[str,
     said why), KeyboardInterrupt if it was interrupted.
     """
     folder = student_folder(recipe, student)
+    if student.losses.alpha > 0 and not (folder / RESULT).exists() and open_files(recipe.store.path).exists(IDENTITY):
+        # Before anything is pinned: a student that is refused must not hold on to shards.
+        store = open_store(recipe.store.path)
+        require_described(recipe, store)
+        require_supported(recipe, student, store)
     job = job_of(recipe, student)
     result = result_of(job)
     if result is None:
-        if job.snapshot is not None:
-            require_supported(recipe, student, open_store(recipe.store.path))
         if job.teacher is not None:
             job = job.model_copy(update={"teacher": _teacher_folder(recipe)})
         path = folder / "job.json"

@@ -77,8 +77,11 @@ class Identity:
     @staticmethod
     def from_json(text: str) -> "Identity":
         """Raises FormatMismatch for a format that this release does not read, IdentityMismatch if it is damaged,
-        KeyError, TypeError or ValueError if it is no identity."""
-        fields = json.loads(text)
+        KeyError, TypeError or ValueError if it is no identity, or one of numbers that no teacher has."""
+        try:
+            fields = json.loads(text)
+        except RecursionError:
+            raise ValueError("it is nested too deep") from None
         stated = fields.pop("id")
         version = fields.setdefault("format", 1)  # which did not state it
         if version not in READABLE_FORMATS:
@@ -88,6 +91,7 @@ class Identity:
         # Format 1 hashes k and gap_step alone: anything else beside them would not change its id.
         if identity.id != stated or identity.parts()["signal"] != fields["signal"]:
             raise IdentityMismatch(f"identity file is damaged: it states id {stated}, its parts give {identity.id}")
+        _require_possible(identity)
         return identity
 
     def require_equal(self, other: "Identity", where: str) -> None:
@@ -104,6 +108,32 @@ class Identity:
                 f"store {where} holds other numbers than this recipe asks for ({'; '.join(differing)}). "
                 "Restore the recipe's value, or give the new signal a store.path of its own."
             )
+
+
+def _require_possible(identity: Identity) -> None:
+    """Raises ValueError for types and sizes that cannot be: everything that is read is measured by them."""
+    topk, sampled, hidden = identity.signal.topk, identity.signal.sampled, identity.signal.hidden
+    words = (identity.teacher, identity.weights, identity.config, identity.tokenizer, identity.dtype)
+    if not all(isinstance(word, str) for word in words):
+        raise ValueError("a name or digest of its is no text")
+    _require_number("vocabulary", identity.vocabulary, 2, 2**31 - 1)  # ids are int32
+    if topk:
+        _require_number("k", topk.k, 1, identity.vocabulary - 1)
+        if topk.layout not in ("plain", "packed"):
+            raise ValueError(f"layout is {topk.layout!r}, expected plain or packed")
+        given = [topk.gap_step] if topk.gap_step is not None else []
+        given += [topk.nucleus.mass, topk.nucleus.temperature] if topk.nucleus else []
+        if not all(isinstance(x, int | float) and 0 < x < 1e6 for x in given):
+            raise ValueError(f"its gap_step or nucleus is none: {given}")
+    if sampled:
+        _require_number("draws", sampled.draws, 1, 2**15 - 1)  # counts are int16
+    if hidden:
+        _require_number("width", hidden.width, 1, 2**20)
+
+
+def _require_number(name: str, value: object, least: int, most: int) -> None:
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"{name} is {value!r}, expected {least} … {most:,}")
 
 
 def real_vocabulary(tokenizer_json: str) -> int:

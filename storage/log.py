@@ -123,7 +123,10 @@ class CommitLog:
 
     def _named(self) -> Refs:
         added = self._added()
-        return Refs.of(added["path"], added["size_bytes"].to_numpy())
+        try:
+            return Refs.of(added["path"], added["size_bytes"].to_numpy())
+        except StoreError as error:
+            raise StoreError(f"commit log of {self._place.uri} was damaged: {error}") from error
 
     def commit(self, receipts: Iterable[Receipt]) -> list[Receipt]:
         """Commit those receipts whose units are not committed yet, in one commit; returns them."""

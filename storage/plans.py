@@ -21,7 +21,7 @@ from stillroom.storage.files import Files
 from stillroom.storage.records import Unit
 from stillroom.storage.units import Units as Units  # part of what this module offers
 from stillroom.storage.units import plan_digest as plan_digest
-from stillroom.storage.units import units_of_table as units_of_table
+from stillroom.storage.units import read_units
 from stillroom.storage.units import units_table as units_table
 
 FOLDER = "_stillroom/plans"
@@ -47,11 +47,7 @@ def load_plans(files: Files) -> Units:
 def load_plan(files: Files, name: str) -> Units:
     where = f"{files.uri}/{name}"
     try:
-        # Not read_table: with it 10 of 480 runs of `stillroom inspect` ended with "terminate called" (pyarrow 26; why
-        # is not known), without it 0 of 240.
-        source = pa.BufferReader(files.read(name))
-        table = pq.ParquetFile(source, page_checksum_verification=True).read(use_threads=False)
-        units = units_of_table(table, where)
+        units, _ = read_units(files.read(name), where)
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise CorruptShard(f"plan {where} cannot be read: {' '.join(str(error).split())}") from error
     if plan_digest(units) not in name:

@@ -49,7 +49,7 @@ def inspect_store(uri: str, unit: str | None = None, *, positions: int = 64) -> 
 def _on_disk(store: Store, refs: Mapping[str, ShardRef], tokens: int) -> dict[str, Any]:
     """All files of the store by what they are, leftovers of stopped writers too.
 
-    all_in_bytes_per_token: everything but the fidelity sample and the output head, which do not grow with the store.
+    bytes_per_token_without_sample_and_head: the fidelity sample and the output head do not grow with the store.
     """
     held = {ref.path for ref in refs.values()}
     sizes = dict.fromkeys(("shards", "leftover_shards", "log", "plans", "fidelity_sample", "output_head", "other"), 0)
@@ -60,7 +60,7 @@ def _on_disk(store: Store, refs: Mapping[str, ShardRef], tokens: int) -> dict[st
     apart = sizes["fidelity_sample"] + sizes["output_head"]
     return {
         "on_disk": {f"{name}_bytes": size for name, size in sizes.items()},
-        "all_in_bytes_per_token": round((sum(sizes.values()) - apart) / tokens, 2) if tokens else None,
+        "bytes_per_token_without_sample_and_head": round((sum(sizes.values()) - apart) / tokens, 2) if tokens else None,
     }
 
 

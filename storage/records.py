@@ -249,6 +249,8 @@ class SignalSpec:
         if self.topk:
             step = "float32" if self.topk.gap_step is None else f"{Fraction(self.topk.gap_step)} nat"
             nucleus = f", nucleus {self.topk.nucleus.mass:g}" if self.topk.nucleus else ""
+            if self.topk.nucleus and self.topk.nucleus.temperature != 1:
+                nucleus += f" at T = {self.topk.nucleus.temperature:g}"
             words.append(f"top-{self.topk.k} ({step}{nucleus}{', packed' if self.topk.layout == 'packed' else ''})")
         if self.sampled:
             words.append(f"{self.sampled.draws} draws")

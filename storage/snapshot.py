@@ -8,6 +8,7 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,8 +16,10 @@ import pyarrow.parquet as pq
 from stillroom.storage.errors import CorruptShard, StoreError
 from stillroom.storage.files import LocalFiles
 from stillroom.storage.identity import Identity
-from stillroom.storage.plans import units_of_table, units_table
+from stillroom.storage.plans import units_table
 from stillroom.storage.records import ShardRef, Unit, digest128
+from stillroom.storage.shard import parse_shard_path
+from stillroom.storage.units import read_units
 
 VERSION = 1
 _KEY, _DIGEST_KEY = "stillroom.snapshot", "stillroom.snapshot.digest"
@@ -60,19 +63,24 @@ class Snapshot:
     def read(path: Path) -> "Snapshot":
         """Raises StoreError naming the file if it cannot be read or is of another version."""
         try:
-            with pq.ParquetFile(path, page_checksum_verification=True) as file:
-                table = file.read(use_threads=False)
-            metadata = table.schema.metadata or {}
+            units, metadata = read_units(path.read_bytes(), str(path))
             text, stated = metadata[_KEY.encode()], metadata[_DIGEST_KEY.encode()]
-            units = tuple(units_of_table(table, str(path)))
         except (pa.ArrowException, OSError, KeyError, ValueError) as error:
             raise StoreError(f"snapshot {path} cannot be read: {' '.join(str(error).split())}") from error
         if digest128(text) != stated.decode(errors="replace"):
             raise CorruptShard(f"snapshot {path} is damaged: its header does not have the digest stated")
-        header = json.loads(text)
-        if header["version"] != VERSION:
-            raise StoreError(f"snapshot {path} is of version {header['version']}, this release reads {VERSION}")
-        refs = {unit: ShardRef(unit, *fields) for unit, fields in header["shards"].items()}
-        if refs.keys() != {u.id for u in units}:
-            raise CorruptShard(f"snapshot {path} is damaged: it names {len(refs)} shards and plans {len(units)} units")
-        return Snapshot(header["uri"], Identity.from_json(json.dumps(header["identity"])), units, refs)
+        try:
+            return _of_header(json.loads(text), tuple(units), path)
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise StoreError(f"snapshot {path} has a header that cannot be read: {error!r}") from error
+
+
+def _of_header(header: dict[str, Any], units: tuple[Unit, ...], path: Path) -> Snapshot:
+    if header["version"] != VERSION:
+        raise StoreError(f"snapshot {path} is of version {header['version']}, this release reads {VERSION}")
+    refs = {unit: ShardRef(unit, *fields) for unit, fields in header["shards"].items()}
+    if refs.keys() != {u.id for u in units}:
+        raise CorruptShard(f"snapshot {path} is damaged: it names {len(refs)} shards and plans {len(units)} units")
+    if any(parse_shard_path(ref.path) != (ref.unit, ref.sha256) for ref in refs.values()):
+        raise CorruptShard(f"snapshot {path} is damaged: it names a file that is not its unit's shard")
+    return Snapshot(header["uri"], Identity.from_json(json.dumps(header["identity"])), units, refs)

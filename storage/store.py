@@ -28,6 +28,9 @@ from stillroom.storage.snapshot import Snapshot
 #: The file that makes a folder a store: what its numbers are.
 IDENTITY = STORE_MARK
 
+#: Bytes; one has about a thousand.
+_LARGEST_IDENTITY = 2**20
+
 
 class Store:
     """Made by `open_store` or `create_store`."""
@@ -122,7 +125,10 @@ def create_store(uri: str, identity: Identity) -> Store:
 
 def _read_identity(files: Files) -> Identity:
     try:
-        return Identity.from_json(files.read(IDENTITY).decode())
+        source = files.open(IDENTITY)
+        if source.size() > _LARGEST_IDENTITY:
+            raise ValueError(f"{source.size():,} bytes, at most {_LARGEST_IDENTITY:,} are one")
+        return Identity.from_json(source.read().decode())
     except (IdentityMismatch, FormatMismatch) as error:
         raise type(error)(f"{files.uri}/{IDENTITY}: {error}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:

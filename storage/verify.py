@@ -98,6 +98,8 @@ def examine(store: Store, progress: ProgressCall | None = None) -> Report:
         report.problems += shard.problems() if decodable else shard.digest_problems()
         if progress:
             progress(number, len(report.refs))
+    if not report.problems:  # else it is explained
+        report.problems += _state_problems(store)
     report.problems += _alignment_problems(report)
     named = {ref.path for ref in report.refs.values()}
     report.uncommitted_files = len([name for name in sizes if name not in named and not name.endswith(".tmp")])
@@ -201,6 +203,15 @@ def _decodable(store: Store) -> bool:
     except StoreError:
         return False
     return True
+
+
+def _state_problems(store: Store) -> Iterator[Problem]:
+    """Shards that the log no longer names, of which no entry by itself says that it was damaged."""
+    try:
+        CommitLog.open(store.uri).require_whole()
+    except StoreError as error:
+        remedy = "put back a copy of the log; without one, `stillroom teach` scores again what it no longer names"
+        yield Problem(LOG, str(error), remedy)
 
 
 def _alignment_problems(report: Report) -> Iterator[Problem]:

@@ -453,10 +453,11 @@ def test_what_is_within_the_bound_passes() -> None:
 @pytest.mark.parametrize(
     ("tier", "temperature", "bound", "parts"),
     [
-        ("topk", 4.0, Bound(5.0), ["60.3°", "max_gradient_angle_deg = 5", "a larger k", "raise the bound"]),
+        ("topk", 4.0, Bound(5.0), ["60.3°", "max_gradient_angle_deg = 5", "the hidden tier", "raise the bound"]),
+        ("topk", 4.0, Bound(50.0), ["60.3°", "a larger k or the hidden tier (signal.hidden: {dtype: int16}"]),
         ("topk", 4.0, Bound(5.0), ["tier hidden of this store", "T = 1 with topk"]),
         ("topk", 1.0, Bound(None, 1e-4), ["0.00025 nats", "max_kl_added = 0.0001", "a finer gap_step"]),
-        ("topk", 4.0, Bound(1.0, 1e-9), ["60.3°", "1e-06", "a finer gap_step and a larger k"]),
+        ("topk", 4.0, Bound(1.0, 1e-9), ["60.3°", "1e-06", "a finer gap_step and the hidden tier"]),
         ("sampled", 1.0, Bound(5.0), ["32.3°", "tier topk of this store", "more draws"]),
         ("hidden", 4.0, Bound(2.0), ["2.6°", "bfloat16"]),
         ("sampled", 2.0, Bound(), ["T = 1 alone", "T = 2"]),

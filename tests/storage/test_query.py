@@ -33,8 +33,8 @@ def test_every_byte_on_the_disk_is_accounted_for(store: Store) -> None:
     assert disk["shards_bytes"] == found["bytes"]
     assert (disk["output_head_bytes"], disk["fidelity_sample_bytes"]) == (1000, 5000)
     assert min(disk["leftover_shards_bytes"], disk["log_bytes"], disk["plans_bytes"], disk["other_bytes"]) > 0
-    assert found["all_in_bytes_per_token"] == round((whole - 6000) / found["tokens"], 2)
-    assert found["all_in_bytes_per_token"] > found["bytes_per_token"]
+    assert found["bytes_per_token_without_sample_and_head"] == round((whole - 6000) / found["tokens"], 2)
+    assert found["bytes_per_token_without_sample_and_head"] > found["bytes_per_token"]
 
 
 def test_fidelity_is_shown_by_tier_and_temperature(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
