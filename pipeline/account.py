@@ -1,4 +1,4 @@
-"""What a run enters in its store's account (storage/uses.py): what teaching took, and who learned from it.
+"""What a run enters in its store's account (storage/catalog/uses.py): what teaching took, and who learned from it.
 
 Enters: receipts as they are committed; a trained student. Leaves: one small file in the store for each teaching run and
 each student. Costs: one small write at each commit, and one when a student is done.
@@ -12,6 +12,7 @@ from uuid import uuid4
 from stillroom.pipeline.console import Console
 from stillroom.pipeline.student.bindings import RESULT, read_result
 from stillroom.pipeline.student.config import StudentJob, teaching_part
+from stillroom.storage.catalog.uses import TaughtRun, Use, has_use, record_taught, record_use, utc_now, utc_of
 from stillroom.storage.errors import StillroomError
 from stillroom.storage.files import Files, open_files
 from stillroom.storage.identity import Identity
@@ -19,7 +20,6 @@ from stillroom.storage.manifest import Manifest
 from stillroom.storage.records import Receipt, digest128
 from stillroom.storage.snapshot import Snapshot
 from stillroom.storage.store import IDENTITY
-from stillroom.storage.uses import TaughtRun, Use, has_use, record_taught, record_use, utc_now, utc_of
 
 
 class TeachingAccount:

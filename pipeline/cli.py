@@ -120,7 +120,7 @@ def _init(arguments: Namespace, console: Console) -> tuple[Result, int]:
 
 
 def _ls(arguments: Namespace, console: Console) -> tuple[Result, int]:
-    from stillroom.storage.catalog import list_stores, problem_rows, reuse_rows, table_rows
+    from stillroom.storage.catalog.stores import list_stores, problem_rows, reuse_rows, table_rows
 
     stores = list_stores(arguments.root)
     if not stores:
@@ -134,7 +134,7 @@ def _ls(arguments: Namespace, console: Console) -> tuple[Result, int]:
 
 
 def _inspect(arguments: Namespace, console: Console) -> tuple[Result, int]:
-    from stillroom.storage.query import inspect_store
+    from stillroom.storage.catalog.inspect import inspect_store
 
     if arguments.sql:
         return _views(arguments), 0
@@ -146,8 +146,8 @@ def _inspect(arguments: Namespace, console: Console) -> tuple[Result, int]:
 
 
 def _views(arguments: Namespace) -> Result:
+    from stillroom.storage.catalog.views import views_sql
     from stillroom.storage.store import open_store
-    from stillroom.storage.views import views_sql
 
     statements = views_sql(open_store(arguments.store))
     if arguments.json:
@@ -158,8 +158,8 @@ def _views(arguments: Namespace) -> Result:
 
 def _verify(arguments: Namespace, console: Console) -> tuple[Result, int]:
     from stillroom.pipeline.process import terminable
-    from stillroom.storage.repair import repair_store
-    from stillroom.storage.verify import verify_store
+    from stillroom.storage.care.repair import repair_store
+    from stillroom.storage.care.verify import verify_store
 
     check = repair_store if arguments.repair else verify_store
     with terminable(), console.progress(None, "shards", label="verify") as progress:
@@ -192,7 +192,7 @@ def _rescore(arguments: Namespace, console: Console, result: Result) -> None:
 
 def _gc(arguments: Namespace, console: Console) -> tuple[Result, int]:
     from stillroom.pipeline.process import terminable
-    from stillroom.storage.gc import collect_garbage
+    from stillroom.storage.care.gc import collect_garbage
 
     with terminable():
         result = collect_garbage(arguments.store, older_than_s=arguments.older_than, dry_run=arguments.dry_run)
@@ -204,9 +204,9 @@ def _gc(arguments: Namespace, console: Console) -> tuple[Result, int]:
 def _transcode(arguments: Namespace, console: Console) -> tuple[Result, int]:
     from stillroom.pipeline.process import terminable
     from stillroom.storage.records import NucleusSpec
-    from stillroom.storage.surgery import Changes
-    from stillroom.storage.transcode import transcode
-    from stillroom.storage.transcode_plan import read_sequences
+    from stillroom.storage.surgery.changes import Changes
+    from stillroom.storage.surgery.plan import read_sequences
+    from stillroom.storage.surgery.transcode import transcode
 
     nucleus = NucleusSpec(*arguments.nucleus) if arguments.nucleus else None
     changes = Changes(arguments.k, arguments.gap_step, arguments.layout, nucleus, arguments.only, arguments.drop)

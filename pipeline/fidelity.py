@@ -14,17 +14,17 @@ import numpy as np
 from stillroom.pipeline.console import Console
 from stillroom.pipeline.recipe.schema import Recipe
 from stillroom.pipeline.student.config import StudentConfig, teaching_part
-from stillroom.storage.bound import Bound, supports
-from stillroom.storage.catalog import FIDELITY, kept_fidelity
+from stillroom.storage.catalog.stores import FIDELITY, kept_fidelity
+from stillroom.storage.catalog.uses import seal
 from stillroom.storage.errors import CorruptShard, IdentityMismatch, UnsupportedSignal
-from stillroom.storage.fidelity import TEMPERATURES, Block, Fidelity, Measured, NoiseBand, measure_blocks, noise
+from stillroom.storage.fidelity.bound import Bound, supports
+from stillroom.storage.fidelity.gradient import Key
+from stillroom.storage.fidelity.measure import TEMPERATURES, Block, Fidelity, Measured, NoiseBand, measure_blocks, noise
+from stillroom.storage.fidelity.truth import FOLDER, read_positions, truth_blocks
 from stillroom.storage.files import Files
-from stillroom.storage.gradient import Key
 from stillroom.storage.identity import Identity
 from stillroom.storage.records import Float32, Signal, SignalSpec, Unit, digest128
 from stillroom.storage.store import Store, open_store
-from stillroom.storage.truth import FOLDER, read_positions, truth_blocks
-from stillroom.storage.uses import seal
 
 Rebuild = Callable[[Signal, float], Float32]
 

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from stillroom.pipeline.fidelity import rebuilder
-from stillroom.storage.bound import Bound
 from stillroom.storage.calibration import Calibration, save_calibration
 from stillroom.storage.codecs.tail import tail_lse_at
 from stillroom.storage.codecs.topk import first_k, nucleus
-from stillroom.storage.fidelity import Block, Fidelity, Measured, measure_blocks
+from stillroom.storage.fidelity.bound import Bound
+from stillroom.storage.fidelity.measure import Block, Fidelity, Measured, measure_blocks
 from stillroom.storage.files import LocalFiles
 from stillroom.storage.identity import Identity
 from stillroom.storage.records import Float32, HiddenSpec, SampledSpec, Sequence, Signal, SignalSpec, TopKSpec, Unit
@@ -60,7 +60,8 @@ class Option:
         found = []
         for temperature in temperatures:
             row = next((r for r in self.rows if r.temperature == temperature), None)
-            found += bound.misses(row) if row else [f"does not serve T = {temperature:g}"]
+            missed = bound.misses(row) if row else ["not served"]
+            found += [f"at T = {temperature:g} {' and '.join(missed)}"] if missed else []
         return found
 
 
@@ -70,11 +71,12 @@ def candidates(asked: SignalSpec, *, vocabulary: int, width: int, hidden: bool) 
     hidden: whether the teacher's output head can be stored.
     """
     step = asked.topk.gap_step if asked.topk else 1 / 8
-    kept = sorted({k for k in (*KEPT, asked.topk.k if asked.topk else 64) if k < vocabulary})
+    usual = min(64, vocabulary - 1)
+    kept = sorted({k for k in (*KEPT, usual, asked.topk.k if asked.topk else usual) if k < vocabulary})
     plain = [SignalSpec(TopKSpec(k, step)) for k in kept]
-    small = SignalSpec(TopKSpec(min(64, vocabulary - 1), step, layout="packed"))
-    beside = TopKSpec(min(64, vocabulary - 1), step)
-    found = [asked, *plain, small]
+    small = [SignalSpec(TopKSpec(k, step, layout="packed")) for k in kept]
+    beside = TopKSpec(usual, step)
+    found = [asked, *plain, *small]
     found.append(SignalSpec(sampled=asked.sampled or SampledSpec(DRAWS)))
     if hidden:
         found.append(SignalSpec(hidden=HiddenSpec(width, "int16")))

@@ -17,14 +17,14 @@ from stillroom.pipeline.options import Option, Pilot, candidates, cheapest, most
 from stillroom.pipeline.plan import Plan
 from stillroom.pipeline.recipe.schema import Recipe
 from stillroom.pipeline.sources import Sources
-from stillroom.storage.bound import Bound
 from stillroom.storage.calibration import Calibration, head_path
 from stillroom.storage.errors import TeacherError
-from stillroom.storage.fidelity import TEMPERATURES
+from stillroom.storage.fidelity.bound import Bound
+from stillroom.storage.fidelity.measure import TEMPERATURES
+from stillroom.storage.fidelity.sample import choose
 from stillroom.storage.files import open_files, sha256_hex
 from stillroom.storage.manifest import Manifest
 from stillroom.storage.records import Sequence, Signal
-from stillroom.storage.sample import choose
 
 #: Enough for bytes per token to 3 % (real teacher, k = 64), and some seconds of a small teacher on a CPU.
 PILOT_TOKENS = 2048
@@ -82,12 +82,12 @@ def estimate(recipe: Recipe, plan: Plan, manifest: Manifest, sources: Sources, c
         "recipe_misses": "; ".join(options[0].misses(bound, wanted)) or "nothing",
         "cheapest": best.spec.in_words() if best else None,
         "cheapest_bytes_per_token": round(best.bytes_per_token, 1) if best else None,
-        "options": [line for option in options for line in _lines(option, plan.pending_tokens, hours)],
+        "options": [line for option in options for line in _lines(option, bound, plan.pending_tokens, hours)],
         "also": _also(sources, teacher.hidden_width, options, plan.pending_tokens, recipe.corpus.window),
     }
 
 
-def _lines(option: Option, tokens: int, hours: float) -> list[dict[str, Any]]:
+def _lines(option: Option, bound: Bound, tokens: int, hours: float) -> list[dict[str, Any]]:
     """One line per temperature."""
     return [
         {
@@ -97,6 +97,7 @@ def _lines(option: Option, tokens: int, hours: float) -> list[dict[str, Any]]:
             "kl_added": None if row.kl_added_nats is None else float(f"{row.kl_added_nats:.2g}"),
             "gradient_angle_deg": round(row.gradient_angle_deg, 2),
             "gradient_norm_ratio": round(row.gradient_norm_ratio, 3),
+            "within_bound": not bound.misses(row),
             "bytes_per_token": round(option.bytes_per_token, 1),
             "corpus_bytes": round(option.bytes_per_token * tokens),
             "teacher_hours": round(hours, 4),

@@ -21,11 +21,11 @@ from stillroom.pipeline.process import uninterrupted
 from stillroom.pipeline.recipe.schema import Recipe
 from stillroom.pipeline.sources import Sources
 from stillroom.pipeline.token_text import keep_token_table
+from stillroom.storage.fidelity.sample import choose
+from stillroom.storage.fidelity.truth import read_positions
 from stillroom.storage.manifest import Manifest
 from stillroom.storage.records import Receipt, Sequence, Unit
-from stillroom.storage.sample import choose
 from stillroom.storage.store import Store
-from stillroom.storage.truth import read_positions
 from stillroom.workers.teacher import TruthRequest
 
 #: A commit takes about 70 ms, so one every two seconds costs 3 % of a core and loses at most that much work.

@@ -14,15 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from stillroom.storage.difference import Band, Difference, band_of, difference
+from stillroom.storage.care.difference import Band, Difference, band_of, difference
 from stillroom.storage.errors import CorruptShard, IdentityMismatch
-from stillroom.storage.fidelity import noise
+from stillroom.storage.fidelity.measure import noise
+from stillroom.storage.fidelity.truth import truth_blocks
 from stillroom.storage.identity import Identity
 from stillroom.storage.log import CommitLog
 from stillroom.storage.records import Sequence, ShardRef, Signal, digest128
 from stillroom.storage.shard import signal_codec
 from stillroom.storage.store import Store, open_store
-from stillroom.storage.truth import truth_blocks
 from stillroom.workers.teacher import TeacherSpec
 from stillroom.workers.torch_teacher import TorchTeacher
 

@@ -20,7 +20,7 @@ from stillroom.pipeline.recipe import save_resolved
 from stillroom.pipeline.recipe.schema import Recipe
 from stillroom.pipeline.sources import Sources
 from stillroom.pipeline.train import require_possible, require_untouched, show_students, student_line, train
-from stillroom.storage.catalog import summary as summary_of
+from stillroom.storage.catalog.stores import summary as summary_of
 from stillroom.storage.files import LocalFiles
 from stillroom.storage.store import Store
 

@@ -7,8 +7,8 @@ Enters: a store's files and the tokenizer of its teacher. Leaves: `_stillroom/to
 from collections.abc import Iterator
 from typing import Any
 
+from stillroom.storage.catalog.views import TokenRow, token_table, write_token_table
 from stillroom.storage.files import Files
-from stillroom.storage.views import TokenRow, token_table, write_token_table
 
 
 def keep_token_table(files: Files, tokenizer: Any, vocabulary: int) -> bool:

@@ -21,10 +21,10 @@ from stillroom.pipeline.student.bindings import EXPORT, RESULT, bindings_of, fin
 from stillroom.pipeline.student.config import StudentConfig, StudentJob, student_window
 from stillroom.pipeline.student.parent import VARIABLE
 from stillroom.storage import errors
+from stillroom.storage.care.pins import pin
 from stillroom.storage.errors import StillroomError, StoreError, StudentError
 from stillroom.storage.files import LocalFiles, open_files
 from stillroom.storage.manifest import Manifest
-from stillroom.storage.pins import pin
 from stillroom.storage.snapshot import Snapshot
 from stillroom.storage.store import IDENTITY, open_store
 

@@ -1,4 +1,4 @@
-"""Where a store's bytes lie: one seam for local folders (here) and object stores (object_files.py).
+"""Where a store's bytes lie: one seam for local folders (here) and object stores (remote/bucket.py).
 
 Enters: a store's URI and names relative to it. Leaves: bytes. Costs: a write is temp, fsync, rename, fsync of the
 folder; nothing is visible under its name before it is whole.
@@ -185,12 +185,14 @@ def open_files(uri: str) -> Files:
     """
     scheme, separator, rest = uri.partition("://")
     if not separator:
+        if uri.startswith(("s3:", "file:")):
+            raise StoreError(f"store {uri}: expected two slashes after the scheme, as in s3://bucket/prefix")
         return LocalFiles(Path(uri).absolute())
     if scheme == "file":
         return LocalFiles(Path(rest))
     if scheme == "s3":
         # pyarrow.fs takes 30 ms to import and starts threads with its first client: only for those who use it.
-        from stillroom.storage.object_files import S3Files
+        from stillroom.storage.remote.bucket import S3Files
 
         return S3Files(uri)
     raise StoreError(f"store {uri}: scheme {scheme!r} is not supported, expected a local folder or s3://bucket/prefix")

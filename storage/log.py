@@ -34,7 +34,7 @@ from deltalake.transaction import AddAction, RemoveAction
 from stillroom.storage.errors import StoreError, StoreFull
 from stillroom.storage.records import Receipt, ShardRef
 from stillroom.storage.refs import Refs, State, is_state_text, plus, state_text
-from stillroom.storage.s3 import SCHEME, Connection, Location, connect
+from stillroom.storage.remote.s3 import SCHEME, Connection, Location, connect
 
 T = TypeVar("T")
 

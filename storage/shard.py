@@ -30,6 +30,10 @@ from stillroom.storage.records import Sequence, ShardRef, Signal, SignalSpec, Un
 from stillroom.storage.schema import footer_metadata, parquet_settings, read_footer, shard_schema, value_bytes
 
 FOLDER = "shards"
+_MISSING = (
+    "the log names this shard: put back a copy of it, or drop it with `stillroom verify STORE --repair` and run "
+    "`stillroom teach` again"
+)
 
 _calibrations: dict[str, Calibration] = {}
 
@@ -161,7 +165,12 @@ class ShardReader:
         whole = signal_codec(files, identity)
         self._codec = whole if parts is None else whole.only(parts)
         self._columns = ["context", "input_ids", *(field.name for field in self._codec.fields())]
-        source = files.open(ref.path)
+        try:
+            source = files.open(ref.path)
+        except StoreError as error:
+            if files.exists(ref.path):
+                raise
+            raise StoreError(f"{error}; {_MISSING}") from error
         data = memoryview(source.read_buffer()).cast("B")  # Arrow counts bytes as signed
         found = sha256_hex(data)
         if found != ref.sha256:

@@ -18,12 +18,12 @@ from math import gcd
 import numpy as np
 from numpy.typing import NDArray
 
-from stillroom.storage.cache import cached_files
 from stillroom.storage.errors import CorruptShard, IdentityMismatch, StoreError, UsageError
 from stillroom.storage.files import open_files
 from stillroom.storage.manifest import Manifest, ManifestIndex
 from stillroom.storage.order import LANES, Block, EpochOrder, digest_keys, epoch_order
 from stillroom.storage.records import Pack, Signal, digest128
+from stillroom.storage.remote.cache import cached_files
 from stillroom.storage.shard import ShardReader, StoredSequence, row_groups
 from stillroom.storage.snapshot import Snapshot
 

@@ -15,11 +15,11 @@ import ray
 
 from stillroom.storage.calibration import find_head, save_calibration
 from stillroom.storage.errors import BadLogits, IdentityMismatch
+from stillroom.storage.fidelity.truth import Truth, write_truth
 from stillroom.storage.files import open_files
 from stillroom.storage.identity import Identity
 from stillroom.storage.records import Float32, Receipt, Sequence, SignalSpec, Unit
 from stillroom.storage.shard import write_shard
-from stillroom.storage.truth import Truth, write_truth
 from stillroom.workers.head import calibrate, save_head, steps_of
 from stillroom.workers.teacher import Teacher, TeacherSpec, TruthRequest
 from stillroom.workers.torch_teacher import TorchTeacher

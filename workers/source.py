@@ -16,8 +16,8 @@ import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 
-from stillroom.storage.cache import cache_folder as cache_folder
 from stillroom.storage.errors import TeacherError
+from stillroom.storage.remote.cache import cache_folder as cache_folder
 from stillroom.workers.dequantise import dequantised
 from stillroom.workers.digests import weight_files
 

@@ -30,7 +30,7 @@ from rich.table import Table
 from stillroom.pipeline.fidelity import rebuilder
 from stillroom.pipeline.options import cut, unit_of
 from stillroom.storage.calibration import save_calibration
-from stillroom.storage.fidelity import Block, Fidelity, measure_blocks
+from stillroom.storage.fidelity.measure import Block, Fidelity, measure_blocks
 from stillroom.storage.files import open_files
 from stillroom.storage.identity import Identity
 from stillroom.storage.records import (

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from stillroom.storage.verify import verify_store
+from stillroom.storage.care.verify import verify_store
 
 pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(1500)]
 

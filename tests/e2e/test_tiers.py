@@ -15,8 +15,8 @@ from stillroom.pipeline.fidelity import keep_fidelity
 from stillroom.pipeline.train import train
 from stillroom.storage.calibration import find_head
 from stillroom.storage.errors import UnsupportedSignal
+from stillroom.storage.fidelity.truth import read_positions, read_truth
 from stillroom.storage.store import Store, open_store
-from stillroom.storage.truth import read_positions, read_truth
 from tests.e2e.runs import Setup, assert_equal_rows, distil, kill_group, rows, sentences, wait_for, write_corpus
 
 pytestmark = pytest.mark.real

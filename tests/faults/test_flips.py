@@ -15,7 +15,9 @@ import pytest
 
 from stillroom.storage import shard
 from stillroom.storage.calibration import Calibration, save_calibration
+from stillroom.storage.care.verify import verify_store
 from stillroom.storage.errors import StillroomError
+from stillroom.storage.fidelity.truth import Truth, truth_blocks, write_truth
 from stillroom.storage.files import open_files, sha256_hex
 from stillroom.storage.log import CommitLog
 from stillroom.storage.records import (
@@ -29,8 +31,6 @@ from stillroom.storage.records import (
 )
 from stillroom.storage.snapshot import Snapshot
 from stillroom.storage.store import Store, open_store
-from stillroom.storage.truth import Truth, truth_blocks, write_truth
-from stillroom.storage.verify import verify_store
 from tests.storage.damage import edit_entry
 from tests.strategies import (
     digest_teacher,

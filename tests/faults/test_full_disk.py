@@ -18,8 +18,8 @@ import numpy as np
 from stillroom.storage.errors import StillroomError, StoreFull
 from stillroom.storage.log import CommitLog
 from stillroom.storage.store import create_store, open_store
-from stillroom.storage.truth import Truth, write_truth
-from stillroom.storage.verify import verify_store
+from stillroom.storage.fidelity.truth import Truth, write_truth
+from stillroom.storage.care.verify import verify_store
 from tests.strategies import digest_teacher, next_token_teacher, random_sequences, tiny_identity, unit_of, write_unit
 
 root = Path(sys.argv[1])

@@ -46,8 +46,8 @@ import sys
 from stillroom.storage.errors import StillroomError
 from stillroom.storage.snapshot import Snapshot
 from stillroom.storage.store import open_store
-from stillroom.storage.truth import read_truth
-from stillroom.storage.verify import verify_store
+from stillroom.storage.fidelity.truth import read_truth
+from stillroom.storage.care.verify import verify_store
 
 def read(uri):
     store = open_store(uri)

@@ -11,8 +11,8 @@ from stillroom.pipeline.account import TeachingAccount, enter_use
 from stillroom.pipeline.console import Console
 from stillroom.pipeline.student.bindings import RESULT
 from stillroom.pipeline.student.config import StudentConfig, StudentJob
+from stillroom.storage.catalog.uses import USES, load_taught, load_uses
 from stillroom.storage.store import Store
-from stillroom.storage.uses import USES, load_taught, load_uses
 from tests.strategies import manifest_row, named_receipt, random_sequences, tiny_identity, tiny_manifest, tiny_store
 
 

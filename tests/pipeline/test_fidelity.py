@@ -12,12 +12,12 @@ from stillroom.pipeline.plan import Plan, make_plan
 from stillroom.pipeline.precompute import SCORED_TWICE, _truth_wanted
 from stillroom.pipeline.student.config import StudentConfig
 from stillroom.storage.calibration import save_calibration
-from stillroom.storage.catalog import FIDELITY, kept_fidelity
+from stillroom.storage.catalog.stores import FIDELITY, kept_fidelity
 from stillroom.storage.errors import UnsupportedSignal
-from stillroom.storage.fidelity import TEMPERATURES
+from stillroom.storage.fidelity.measure import TEMPERATURES
+from stillroom.storage.fidelity.truth import read_truth
 from stillroom.storage.records import SampledSpec, SignalSpec, TopKSpec
 from stillroom.storage.store import Store, open_store
-from stillroom.storage.truth import read_truth
 from stillroom.workers.actor import TeacherActor
 from tests.e2e.runs import Setup, distil, sentences
 

@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stillroom.pipeline.options import KEPT, Option, Pilot, candidates, cheapest, cut, most, price, unit_of
-from stillroom.storage.bound import Bound
 from stillroom.storage.calibration import head_path
 from stillroom.storage.codecs.tail import tail_lse_at
-from stillroom.storage.fidelity import TEMPERATURES, Measured
+from stillroom.storage.fidelity.bound import Bound
+from stillroom.storage.fidelity.measure import TEMPERATURES, Measured
+from stillroom.storage.fidelity.sample import choose
 from stillroom.storage.files import sha256_hex
 from stillroom.storage.identity import Identity
 from stillroom.storage.records import (
@@ -24,7 +25,6 @@ from stillroom.storage.records import (
     SignalSpec,
     TopKSpec,
 )
-from stillroom.storage.sample import choose
 from stillroom.workers.head import calibrate, head_bytes, steps_of
 from stillroom.workers.teacher import TeacherSpec
 from stillroom.workers.torch_teacher import TorchTeacher
@@ -90,13 +90,13 @@ class TestCheapest:
 
     def test_what_was_not_measured_does_not_serve(self) -> None:
         draws = option(5, 1.0)
-        assert draws.misses(Bound(), [2.0]) == ["does not serve T = 2"]
+        assert draws.misses(Bound(), [2.0]) == ["at T = 2 not served"]
         assert draws.misses(Bound(), [1.0]) == []
         assert cheapest([draws, option(50, 1, 1)], Bound(), [1.0, 2.0]) == option(50, 1, 1)
 
     def test_either_number_can_miss(self) -> None:
         coarse = option(5, 50, kl=0.1)
-        assert len(coarse.misses(Bound(30, 1e-3), [1.0])) == 2
+        assert coarse.misses(Bound(30, 1e-3), [1.0])[0].count(", over ") == 2
         assert coarse.misses(Bound(None, None), [1.0]) == []
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from stillroom.pipeline.cli import main
-from stillroom.storage.fidelity import TEMPERATURES
+from stillroom.storage.fidelity.measure import TEMPERATURES
 from tests.e2e.runs import Setup, sentences
 
 DOCUMENTS = sentences(71, 40)

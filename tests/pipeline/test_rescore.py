@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from stillroom.pipeline.rescore import batch_tokens_of, rescore_store
 from stillroom.storage.calibration import Calibration, save_calibration
-from stillroom.storage.difference import band_of, difference
+from stillroom.storage.care.difference import band_of, difference
 from stillroom.storage.errors import IdentityMismatch, TeacherError
 from stillroom.storage.files import open_files
 from stillroom.storage.identity import Identity

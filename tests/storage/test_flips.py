@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from stillroom.storage.calibration import Calibration, save_calibration
+from stillroom.storage.care.verify import verify_store
 from stillroom.storage.errors import StillroomError
 from stillroom.storage.files import open_files, sha256_hex
 from stillroom.storage.log import CommitLog
 from stillroom.storage.records import HiddenSpec, SampledSpec, Signal, SignalSpec, TopKSpec
 from stillroom.storage.store import Store, open_store
-from stillroom.storage.verify import verify_store
 from tests.strategies import next_token_teacher, random_sequences, tiny_identity, tiny_store, unit_of, write_unit
 
 #: How much of the damage goes where: by size alone the log would have nearly none of it.

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from stillroom.storage.care.verify import verify_store
 from stillroom.storage.identity import FORMAT_VERSION
 from stillroom.storage.manifest import Manifest
 from stillroom.storage.records import Sequence, SignalSpec, TopKSpec
 from stillroom.storage.snapshot import Snapshot
 from stillroom.storage.store import create_store, open_store
 from stillroom.storage.stream import Stream
-from stillroom.storage.verify import verify_store
 from tests.golden.make import HERE, SIGNALS, contents, golden_sequences
 from tests.strategies import tiny_identity, unit_of, write_unit
 

@@ -1,0 +1,1 @@
+"""Keeping a store whole: verify, repair, and the removal of what nobody needs."""

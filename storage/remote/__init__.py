@@ -1,0 +1,1 @@
+"""Stores in buckets: settings, bytes, retries, and a local cache of shards."""
