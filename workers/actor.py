@@ -1,10 +1,13 @@
 """A teacher in a Ray actor: unit → score → encode → shard → receipt. The one file that imports ray.
 
 Enters: a `TeacherSpec`, the identity of the store and its URI; then units with their sequences. Leaves: shards in the
-store's folder, and receipts; no signal travels through Ray. Costs: a teacher's memory per actor; it writes, and
-commits nothing: that is the driver's.
+store's folder, and receipts; no signal travels through Ray. Costs: a teacher's memory per actor, and the signals of two
+units; it writes, and commits nothing: that is the driver's.
+
+The teacher does not wait for the store: two calls run at once, of which one scores, and one encodes and writes.
 """
 
+import threading
 import time
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
@@ -26,6 +29,9 @@ from stillroom.workers.torch_teacher import TorchTeacher
 
 NO_TRUTH = TruthRequest()
 
+#: Calls that an actor runs at once: one that scores, one that writes.
+CALLS_AT_ONCE = 2
+
 
 class TeacherActor:
     """Scores units one at a time. A plain class: `remote_actor` makes it an actor.
@@ -37,6 +43,7 @@ class TeacherActor:
     def __init__(self, spec: TeacherSpec, identity: Identity, store: str) -> None:
         self._spec, self._identity, self._store = spec, identity, store
         self._loaded: Teacher | None = None
+        self._scoring = threading.RLock()  # the teacher is for one call at a time
 
     def ready(self) -> dict[str, Any]:
         """Load the teacher; returns what shifts its rows within the noise band.
@@ -44,7 +51,8 @@ class TeacherActor:
         Raises TeacherError if it cannot be loaded, IdentityMismatch if it is not the one of the store: another node's
         folder may hold other weights under the same name.
         """
-        return self._teacher().provenance([])
+        with self._scoring:
+            return self._teacher().provenance([])
 
     def _teacher(self) -> Teacher:
         if self._loaded is None:
@@ -71,6 +79,10 @@ class TeacherActor:
         Raises TeacherError if this architecture's head cannot be stored, StoreFull, StoreError, also for the head of
         another teacher.
         """
+        with self._scoring:
+            return self._found(sequences)
+
+    def _found(self, sequences: Seq[Sequence]) -> str:
         teacher = self._teacher()
         assert isinstance(teacher, TorchTeacher)
         files = open_files(self._store)
@@ -93,34 +105,33 @@ class TeacherActor:
         sequences: the unit's, in its order. truth: positions whose logits are kept in full beside the
         shard. Raises what `ready` raises, BadLogits naming the unit and its sequences, StoreFull, StoreError.
         """
-        teacher = self._teacher()
-        started = time.perf_counter()
-        try:
-            scored = teacher.score_with_truth(sequences, signal=self._identity.signal, positions=truth.positions)
-            if truth.positions:
-                self._keep_truth(teacher, unit, sequences, truth, scored.truth)
-        except BadLogits as error:
-            raise BadLogits(f"unit {unit.id}: {error}") from error
-        provenance = teacher.provenance(sequences)
-        shard = write_shard(open_files(self._store), self._identity, unit, sequences, scored.signals, provenance)
+        with self._scoring:
+            teacher = self._teacher()
+            started = time.perf_counter()
+            try:
+                scored = teacher.score_with_truth(sequences, signal=self._identity.signal, positions=truth.positions)
+                full = self._truth(teacher, sequences, truth, scored.truth) if truth.positions else None
+            except BadLogits as error:
+                raise BadLogits(f"unit {unit.id}: {error}") from error
+            provenance = teacher.provenance(sequences)
+            batches = len(teacher.batches(sequences))
+        files = open_files(self._store)
+        if full is not None:
+            write_truth(files, unit, full, self._identity)  # before the shard: it counts when the unit does
+        shard = write_shard(files, self._identity, unit, sequences, scored.signals, provenance)
         return Receipt(
             shard=shard,
             sequences=len(sequences),
             tokens=sum(unit.tokens),
             rows=sum(unit.rows),
-            batches=len(teacher.batches(sequences)),
+            batches=batches,
             seconds=time.perf_counter() - started,
         )
 
-    def _keep_truth(
-        self,
-        teacher: Teacher,
-        unit: Unit,
-        sequences: Seq[Sequence],
-        request: TruthRequest,
-        full: Mapping[str, Float32],
-    ) -> None:
-        """Write the unit's part of the fidelity sample, before its shard: it counts when the unit does."""
+    def _truth(
+        self, teacher: Teacher, sequences: Seq[Sequence], request: TruthRequest, full: Mapping[str, Float32]
+    ) -> Truth:
+        """The unit's part of the fidelity sample. full: float32 [n, V] by sequence digest, of the unit's own pass."""
         twice: dict[str, Float32] = {}
         for sequence in sequences:
             if sequence.digest in request.alone:
@@ -132,13 +143,14 @@ class TeacherActor:
             alone = twice.get(digest, logits[:0])
             positions_P = np.array(request.positions[digest], np.int32)
             blocks.append(Truth((digest,) * len(logits), positions_P, logits, alone, rows))
-        write_truth(open_files(self._store), unit, Truth.concatenate(blocks), self._identity)
+        return Truth.concatenate(blocks)
 
     def release(self) -> None:
         """Free the device. The driver then ends the process with `ray.kill`; another call would load anew."""
-        if self._loaded is not None:
-            self._loaded.release()
-            self._loaded = None
+        with self._scoring:
+            if self._loaded is not None:
+                self._loaded.release()
+                self._loaded = None
 
 
 def remote_actor(**options: Any) -> Any:
@@ -147,4 +159,4 @@ def remote_actor(**options: Any) -> Any:
     options: of `ray.remote`, e.g. num_cpus, num_gpus, max_restarts, max_task_retries, runtime_env. Ray's own defaults
         are no restarts and no retries.
     """
-    return ray.remote(**options)(TeacherActor) if options else ray.remote(TeacherActor)
+    return ray.remote(**{"max_concurrency": CALLS_AT_ONCE, **options})(TeacherActor)

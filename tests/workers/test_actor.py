@@ -1,7 +1,9 @@
 """The actor: by itself, and two of them in a real local Ray."""
 
 import json
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from stillroom.storage.errors import BadLogits, IdentityMismatch
 from stillroom.storage.files import open_files
 from stillroom.storage.identity import Identity
 from stillroom.storage.records import Sequence, SignalSpec, TopK, TopKSpec, Unit
-from stillroom.storage.shard import ShardReader
+from stillroom.storage.shard import ShardReader, write_shard
 from stillroom.workers.actor import TeacherActor, remote_actor
 from stillroom.workers.teacher import TeacherSpec
 from stillroom.workers.torch_teacher import TorchTeacher
@@ -77,6 +79,35 @@ def test_a_unit_becomes_a_shard_and_a_receipt(
         assert_near(stored.signal.topk, block.topk)
     assert reader.footer["provenance"] == teacher.provenance(sequences)
     assert actor.score_unit(unit, sequences).shard == receipt.shard
+
+
+def test_a_unit_is_scored_while_another_is_written(
+    spec: TeacherSpec, identity: Identity, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first unit's writing waits here for the second to be scored; and both shards are those of one call after
+    the other, by threads that torch has never met before."""
+    actor = TeacherActor(spec, identity, str(tmp_path / "store"))
+    actor.ready()
+    units = [work(identity.vocabulary, seed) for seed in (0, 1)]
+    first, second = (unit.id for unit, _ in units)
+    expected = {unit.id: actor.score_unit(unit, sequences).shard for unit, sequences in units}
+    writing, scored = threading.Event(), threading.Event()
+
+    def slow_write(*arguments: Any) -> Any:
+        if arguments[2].id == first:
+            writing.set()
+            assert scored.wait(60), "the second unit was not scored meanwhile"
+        else:
+            scored.set()
+        return write_shard(*arguments)
+
+    monkeypatch.setattr("stillroom.workers.actor.write_shard", slow_write)
+    with ThreadPoolExecutor(2) as threads:
+        one = threads.submit(actor.score_unit, *units[0])
+        assert writing.wait(60)
+        two = threads.submit(actor.score_unit, *units[1])
+        assert one.result().shard == expected[first]
+        assert two.result().shard == expected[second]
 
 
 @pytest.mark.parametrize("part", ["weights", "config", "tokenizer", "vocabulary", "dtype"])
