@@ -58,11 +58,6 @@ def train(recipe: Recipe, student: StudentConfig, console: Console) -> dict[str,
     said why), KeyboardInterrupt if it was interrupted.
     """
     folder = student_folder(recipe, student)
-    if student.losses.alpha > 0 and not (folder / RESULT).exists() and open_files(recipe.store.path).exists(IDENTITY):
-        # Before anything is pinned: a student that is refused must not hold on to shards.
-        store = open_store(recipe.store.path)
-        require_described(recipe, store)
-        require_supported(recipe, student, store)
     job = job_of(recipe, student)
     result = result_of(job)
     if result is None:
@@ -172,25 +167,35 @@ def _pin(recipe: Recipe, student: StudentConfig, manifest: Manifest, folder: Pat
     """The snapshot that this student trains on: the one it began with, unless the corpus has changed since. None for
     a student of hard labels that began where there was no store.
 
-    Raises StoreError if the store lacks a part of the corpus: nothing is pinned then.
+    Raises IdentityMismatch for a store that the recipe does not describe, StoreError if it lacks a part of the corpus,
+    UnsupportedSignal: nothing is pinned then.
     """
     path, note = folder / "snapshot.parquet", folder / "pinned.json"
     files = open_files(recipe.store.path)
     stated = {"manifest": manifest.digest, "store": files.uri}
     held = json.loads(note.read_text()) if note.exists() else None
+    unchecked = student.losses.alpha > 0 and not (folder / RESULT).exists()
+    store = open_store(recipe.store.path) if files.exists(IDENTITY) else None
+    if unchecked and store:
+        require_described(recipe, store)
     if held == stated | {"signal": True} and path.exists():
+        if unchecked and store:
+            require_supported(recipe, student, store)
         return path
     if student.losses.alpha == 0 and (held == stated | {"signal": False} or not files.exists(IDENTITY)):
         LocalFiles(folder).write(note.name, json.dumps(stated | {"signal": False}).encode())
         return None
+    store = store or open_store(recipe.store.path)
     digests = {s.decode() for s in manifest.index().sequences.tolist()}
-    snapshot: Snapshot = open_store(recipe.store.path).snapshot(digests)
+    snapshot: Snapshot = store.snapshot(digests)
     lacking = len(digests.difference(*(u.sequences for u in snapshot.units)))
     if lacking:
         raise StoreError(
             f"store {files.uri} lacks {lacking:,} of the corpus's {len(digests):,} sequences: run `stillroom teach` on "
             "this recipe first"
         )
+    if unchecked:
+        require_supported(recipe, student, store)  # a student that is refused must not hold on to shards
     pin(files, snapshot, path)  # before the snapshot is there: `stillroom gc` must not come between
     snapshot.write(path)
     LocalFiles(folder).write(note.name, json.dumps(stated | {"signal": True}).encode())
