@@ -24,6 +24,7 @@ from stillroom.storage.identity import Identity
 from stillroom.storage.records import Float32, Receipt, Sequence, SignalSpec, Unit
 from stillroom.storage.shard import write_shard
 from stillroom.workers.head import calibrate, save_head, steps_of
+from stillroom.workers.sanity import require_batch_free
 from stillroom.workers.teacher import Teacher, TeacherSpec, TruthRequest
 from stillroom.workers.torch_teacher import TorchTeacher
 
@@ -70,6 +71,14 @@ class TeacherActor:
                 f"the teacher in {self._spec.folder} is not the one of store {self._store} ({'; '.join(differing)}). "
                 "Every node must hold the same model folder: copy it anew, or put it on shared storage."
             )
+
+    def probe(self, sequences: Seq[Sequence]) -> dict[str, Any]:
+        """How far the teacher's rows depend on their batch, on one of this unit. Raises TeacherError beyond rounding,
+        BadLogits, what `ready` raises."""
+        with self._scoring:
+            teacher = self._teacher()
+            found = require_batch_free(teacher, sequences, signal=self._identity.signal, dtype=self._spec.dtype)
+            return found.as_dict()
 
     def found(self, sequences: Seq[Sequence]) -> str:
         """Write what the hidden part of a new store needs beside the shards: the teacher's output head, and
