@@ -139,7 +139,8 @@ def _add_transcode(transcode: argparse.ArgumentParser) -> None:
     transcode.add_argument("--nucleus", type=_mass_at, metavar="MASS[@T]",
                            help="keep fewer ids where fewer hold this share of the probability at T (1)")  # fmt: skip
     parts = transcode.add_mutually_exclusive_group()
-    parts.add_argument("--only", type=_names, metavar="PART,...", help="parts to keep, of topk, sampled and hidden")
+    parts.add_argument("--only", type=_names, metavar="PART,...",
+                       help="parts to keep, of topk, sampled, hidden, layers and attention")  # fmt: skip
     parts.add_argument("--drop", type=_names, default=(), metavar="PART,...", help="parts to leave out")
     wanted = transcode.add_mutually_exclusive_group()
     wanted.add_argument("--sequences", metavar="FILE", help="digests, one a line, or a corpus manifest (.parquet)")

@@ -55,12 +55,12 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def _dispatch(arguments: Namespace, console: Console) -> tuple[Result, int]:
     if arguments.command in RECIPE_COMMANDS:
-        return _recipe_command(arguments, console), 0
+        return _recipe_command(arguments, console)
     return _OTHERS[arguments.command](arguments, console)
 
 
-def _recipe_command(arguments: Namespace, console: Console) -> Result:
-    from stillroom.pipeline.process import only_one, terminable
+def _recipe_command(arguments: Namespace, console: Console) -> tuple[Result, int]:
+    from stillroom.pipeline.process import locks_of, only_one, terminable
     from stillroom.pipeline.recipe import load_recipe, notices
 
     # train and evaluate work from the store; corpus and teacher may be gone by then
@@ -68,8 +68,15 @@ def _recipe_command(arguments: Namespace, console: Console) -> Result:
     recipe = load_recipe(arguments.recipe, arguments.overrides, files=files)
     for notice in notices(recipe):
         console.notice(notice)
-    with terminable(), only_one(recipe.run_dir):
-        return _stage(arguments.command)(recipe, console=console)
+    locks = locks_of(arguments.command, read_through=recipe.train.read_through)
+    with terminable(), only_one(recipe.run_dir, locks):
+        result = _stage(arguments.command)(recipe, console=console)
+    if result.get("quarantined"):  # of `teach`: all that could be committed is
+        from stillroom.pipeline.quarantine import left_out
+
+        print(f"stillroom: error: {left_out(result['quarantined'], recipe.store.path)}", file=sys.stderr)
+        return result, 1
+    return result, 0
 
 
 def _stage(command: str) -> Callable[..., Result]:

@@ -81,8 +81,7 @@ def require_described(recipe: Recipe, store: Store) -> None:
     """Raises IdentityMismatch if the store keeps something else than the recipe says, or of another dtype: all of the
     identity that is known where the teacher's files are not at hand."""
     held = store.identity.signal
-    width, calibration = (held.hidden.width, held.hidden.calibration) if held.hidden else (1, None)
-    asked = recipe.signal.spec(width=width, calibration=calibration)
+    asked = _asked_of(recipe, held)
     parts = [("signal", held.in_words(), asked.in_words()), ("dtype", store.identity.dtype, recipe.teacher.dtype)]
     differing = [f"{name}: store {there}, asked {here}" for name, there, here in parts if there != here]
     if held != asked or differing:
@@ -90,6 +89,20 @@ def require_described(recipe: Recipe, store: Store) -> None:
             f"store {store.uri} holds other numbers than this recipe asks for ({'; '.join(differing) or 'signal'}). "
             "Say in the recipe what the store holds, or give the recipe's signal a store.path of its own."
         )
+
+
+def _asked_of(recipe: Recipe, held: SignalSpec) -> SignalSpec:
+    """What the recipe asks for, of the teacher that a store's signal is of, as far as that tells."""
+    width = next((part.width for part in (held.hidden, held.layers) if part), 1)
+    # The blocks up to the last one that is kept; `every` chooses none behind it.
+    blocks = max([0, *(held.layers.layers if held.layers else ())])
+    blocks = max([blocks, *(layer + 1 for layer in (held.attention.layers if held.attention else ()))])
+    return recipe.signal.spec(
+        width=width,
+        calibration=held.hidden.calibration if held.hidden else None,
+        blocks=blocks,
+        heads=(held.attention.head_count if held.attention else None) or 0,
+    )
 
 
 def require_supported(recipe: Recipe, student: StudentConfig, store: Store) -> None:

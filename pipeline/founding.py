@@ -39,7 +39,11 @@ def found_store(recipe: Recipe, sources: Sources, manifest: Manifest, console: C
     console.info(
         f"teach: founding the store: the output head, and the steps of its {recipe.signal.hidden.dtype} channels"
     )
-    options = {"num_cpus": recipe.ray.cpus_per_actor, "num_gpus": recipe.ray.gpus_per_actor}
+    options = {
+        "num_cpus": recipe.ray.cpus_per_actor,
+        "num_gpus": recipe.ray.gpus_per_actor,
+        "resources": dict(recipe.ray.resources),
+    }
     with session(recipe.ray):
         actor: Any = remote_actor(**options).remote(sources.teacher_spec(), sources.identity(), recipe.store.path)
         calibration = ask(actor, "found", sample)

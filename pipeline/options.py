@@ -7,7 +7,7 @@ decoding the pilot once per choice, and the fidelity of a few dozen positions.
 
 import tempfile
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,18 +65,43 @@ class Option:
         return found
 
 
+def side_bytes(pilot: Pilot) -> float:
+    """Bytes a token of the layers and attention maps that the recipe keeps, written alone; 0 without them."""
+    spec = side_of(pilot.identity.signal)
+    if not spec.as_dict():
+        return 0.0
+    with tempfile.TemporaryDirectory(prefix="stillroom-plan-") as folder:
+        identity = replace(pilot.identity, signal=spec)
+        blocks = [Signal(layers=s.layers, attention=s.attention) for s in pilot.signals]
+        unit = unit_of(pilot.sequences)
+        ref = write_shard(LocalFiles(Path(folder)), identity, unit, pilot.sequences, blocks, {})
+    return ref.size_bytes / sum(unit.tokens)
+
+
+def side_of(spec: SignalSpec) -> SignalSpec:
+    """Of what a recipe keeps, what comes beside the teacher's output, whatever is kept of that."""
+    return SignalSpec(layers=spec.layers, attention=spec.attention)
+
+
+def with_side(option: Option, spec: SignalSpec, size: float) -> Option:
+    """The option with these layers and attention maps. size: bytes a token that they add."""
+    whole = replace(option.spec, layers=spec.layers, attention=spec.attention)
+    return replace(option, spec=whole, bytes_per_token=option.bytes_per_token + size)
+
+
 def candidates(asked: SignalSpec, *, vocabulary: int, width: int, hidden: bool) -> list[SignalSpec]:
-    """The recipe's own choice first, then the usual ones.
+    """The recipe's own choice first, then the usual ones: of the teacher's output, without what comes beside it.
 
     hidden: whether the teacher's output head can be stored.
     """
+    asked = replace(asked, layers=None, attention=None)
     step = asked.topk.gap_step if asked.topk else 1 / 8
     usual = min(64, vocabulary - 1)
     kept = sorted({k for k in (*KEPT, usual, asked.topk.k if asked.topk else usual) if k < vocabulary})
     plain = [SignalSpec(TopKSpec(k, step)) for k in kept]
     small = [SignalSpec(TopKSpec(k, step, layout="packed")) for k in kept]
     beside = TopKSpec(usual, step)
-    found = [asked, *plain, *small]
+    found = [*([asked] if asked.as_dict() else []), *plain, *small]
     found.append(SignalSpec(sampled=asked.sampled or SampledSpec(DRAWS)))
     if hidden:
         found.append(SignalSpec(hidden=HiddenSpec(width, "int16")))

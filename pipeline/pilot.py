@@ -8,12 +8,24 @@ committed.
 
 import time
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from stillroom.pipeline.console import Console
-from stillroom.pipeline.options import Option, Pilot, candidates, cheapest, most, price, unit_of
+from stillroom.pipeline.options import (
+    Option,
+    Pilot,
+    candidates,
+    cheapest,
+    most,
+    price,
+    side_bytes,
+    side_of,
+    unit_of,
+    with_side,
+)
 from stillroom.pipeline.plan import Plan
 from stillroom.pipeline.recipe.schema import Recipe
 from stillroom.pipeline.sources import Sources
@@ -53,7 +65,11 @@ def estimate(recipe: Recipe, plan: Plan, manifest: Manifest, sources: Sources, c
     teacher.score(sequences, signal=identity.signal)
     seconds = time.monotonic() - start
     positions = choose([unit_of(sequences)], wanted=PILOT_POSITIONS)
-    signal = most(specs, vocabulary=identity.vocabulary)
+    signal = replace(
+        most(specs, vocabulary=identity.vocabulary),
+        layers=identity.signal.layers,
+        attention=identity.signal.attention,
+    )
     scored = teacher.score_with_truth(sequences, signal=signal, positions=positions)
     teacher.release()
     kept = (head_path(sha256_hex(head[0])), head[0]) if head else None
@@ -64,6 +80,11 @@ def estimate(recipe: Recipe, plan: Plan, manifest: Manifest, sources: Sources, c
         for spec in specs:
             options.append(price(pilot, spec, temperatures))
             progress.advance(1)
+    side = side_bytes(pilot)
+    if side:
+        options = [with_side(option, identity.signal, side) for option in options]
+    if identity.signal == side_of(identity.signal):  # and nothing of the output, so it is not among them
+        options.insert(0, Option(identity.signal, side, ()))
     total = round(options[0].bytes_per_token * plan.pending_tokens)
     free = open_files(recipe.store.path).free_bytes()
     hours = plan.pending_tokens / (tokens / seconds) / recipe.ray.actors / 3600
@@ -108,7 +129,7 @@ def _lines(option: Option, bound: Bound, tokens: int, hours: float) -> list[dict
 
 def _also(sources: Sources, width: int, options: Seq[Option], tokens: int, window: int) -> list[dict[str, Any]]:
     """What could be kept beside the output: priced from the final hidden state's measured bytes per channel, attention
-    maps at one byte for each earlier position of a full window. Not written by this release."""
+    maps at one byte for each earlier position of a full window; zstd leaves about 0.6 of it (codecs/attention.py)."""
     from stillroom.workers.digests import layers_and_heads
 
     layers, heads = layers_and_heads(sources.teacher_folder)

@@ -7,8 +7,8 @@ nothing.
 import fcntl
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from stillroom.storage.errors import StillroomError
@@ -45,18 +45,43 @@ def uninterrupted() -> Iterator[None]:
             signal.raise_signal(late)
 
 
+#: The locks of a run's folder: on its corpus and teaching, and on its students.
+TEACHING, TRAINING = ".lock", ".train.lock"
+
+
+def locks_of(command: str, *, read_through: bool) -> tuple[str, ...]:
+    """What a command needs for itself: a student that follows a `teach` leaves the teaching to it."""
+    if command in ("plan", "teach"):
+        return (TEACHING,)
+    return (TRAINING,) if command == "train" and read_through else (TEACHING, TRAINING)
+
+
 @contextmanager
-def only_one(run_dir: Path) -> Iterator[None]:
-    """Hold a run's folder; the lock goes with the process, however it ends.
+def only_one(run_dir: Path, locks: Sequence[str] = (TEACHING, TRAINING)) -> Iterator[None]:
+    """Hold a run's folder; the locks go with the process, however it ends.
 
     Raises StillroomError if another command holds it: two would score the same units twice, and train the same student.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise StillroomError(
-                f"another stillroom command is at work in {run_dir}: wait for it, end it, or set another run_dir"
-            ) from error
+    with ExitStack() as held:
+        for name in locks:
+            file = held.enter_context((run_dir / name).open("w"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise StillroomError(
+                    f"another stillroom command is at work in {run_dir}: wait for it, end it, or set another run_dir"
+                ) from error
         yield
+
+
+def is_held(run_dir: Path, lock: str) -> bool:
+    """Whether another command holds it now."""
+    if not (run_dir / lock).exists():
+        return False
+    with (run_dir / lock).open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False

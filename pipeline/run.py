@@ -4,10 +4,11 @@ Enters: a recipe. Leaves: the run's folder, with `summary.json` last. Costs: wha
 costs a look at its files.
 
 Teaching is asked for before each student, and not once for all: the second student's share of it is measured, not
-assumed, to be nothing.
+assumed, to be nothing. With `train.read_through` the first student starts beside the teachers.
 """
 
 import json
+from functools import partial
 from typing import Any
 
 from stillroom.pipeline.console import Console, format_bytes
@@ -38,13 +39,22 @@ def run_recipe(recipe: Recipe, *, console: Console) -> dict[str, Any]:
     store = found_store(recipe, sources, manifest, console)
     ledger = Ledger(recipe.run_dir / "ledger.jsonl")
     students = []
+
+    def teaching(on_behalf_of: str) -> None:
+        teach(recipe, manifest, store, sources, console, ledger=ledger, on_behalf_of=on_behalf_of)
+        keep_fidelity(recipe, store, console)
+
     for student in recipe.students:
-        teach(recipe, manifest, store, sources, console, ledger=ledger, on_behalf_of=student.name)
-        keep_fidelity(recipe, store, console)
-        students.append(train(recipe, student, console))
+        if recipe.train.read_through:
+            from stillroom.pipeline.read_through import train_beside  # with it comes Ray, which takes a second
+
+            begin = partial(teaching, student.name)
+            students.append(train_beside(recipe, student, manifest, store, begin, console))
+        else:
+            teaching(student.name)
+            students.append(train(recipe, student, console))
     if not recipe.students:
-        teach(recipe, manifest, store, sources, console, ledger=ledger, on_behalf_of="")
-        keep_fidelity(recipe, store, console)
+        teaching("")
     evaluation = evaluate(recipe, console)
     summary = summarise(recipe, store, ledger, students, evaluation)
     LocalFiles(recipe.run_dir).write("summary.json", (json.dumps(summary, indent=2) + "\n").encode())

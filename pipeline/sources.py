@@ -18,6 +18,8 @@ from stillroom.storage.errors import IdentityMismatch, RecipeError
 from stillroom.storage.files import open_files
 from stillroom.storage.identity import Identity, tokenizer_digest
 from stillroom.storage.manifest import Manifest
+from stillroom.storage.pages import MOST_BYTES
+from stillroom.storage.records import SignalSpec
 from stillroom.storage.store import IDENTITY, Store, create_store, open_store
 from stillroom.workers.teacher import TeacherSpec
 
@@ -85,13 +87,18 @@ class Sources:
 
         calibration: digest of the steps of a hidden part; a founded store has its own.
         """
-        from stillroom.workers.digests import hidden_width, identity_parts
+        from stillroom.workers.digests import hidden_width, identity_parts, layers_and_heads
         from stillroom.workers.source import cache_folder
 
         text = self.tokenizer.backend_tokenizer.to_str()
         dtype = self._recipe.teacher.dtype
         parts = identity_parts(self.teacher_folder, text, dtype=dtype, cache_dir=cache_folder())
-        signal = self._recipe.signal.spec(width=hidden_width(self.teacher_folder), calibration=calibration)
+        blocks, heads = layers_and_heads(self.teacher_folder)
+        signal = self._recipe.signal.spec(
+            width=hidden_width(self.teacher_folder), calibration=calibration, blocks=blocks, heads=heads
+        )
+        _require_layers(signal, blocks, heads)
+        _require_readable(signal, self._recipe.corpus.window)
         identity = Identity(teacher=self._recipe.teacher.model, signal=signal, **parts)
         if signal.topk and signal.topk.k >= identity.vocabulary:  # before a store is founded on it
             raise RecipeError(
@@ -140,10 +147,41 @@ class Sources:
             folder=self.teacher_folder,
             dtype=teacher.dtype,
             device=("cuda" if on_gpu else "cpu") if teacher.device == "auto" else teacher.device,
-            attention=teacher.attention,
+            attention=teacher.attention or ("eager" if self._recipe.signal.attention else None),
             batch_tokens=teacher.batch_tokens,
             slice_positions=teacher.slice_positions,
             threads=teacher.threads or max(1, int(self._recipe.ray.cpus_per_actor)),
             trust_remote_code=teacher.trust_remote_code,
             compile=teacher.compile,
+        )
+
+
+def _require_layers(signal: SignalSpec, blocks: int, heads: int) -> None:
+    """Raises RecipeError for layers that the teacher lacks, by its config.json."""
+    parts = (("layers", signal.layers, blocks), ("attention", signal.attention, blocks - 1))
+    for name, part, most in parts:
+        if part is not None and (not part.layers or part.layers[-1] > most):
+            asked = part.layers[-1] if part.layers else "every so many, more than there are"
+            raise RecipeError(
+                f"signal.{name} asks for layer {asked}, expected 0 to {most} (the teacher has {blocks} blocks)"
+            )
+    if signal.attention and signal.attention.heads == "per_head" and not heads:
+        raise RecipeError(
+            "signal.attention.heads is per_head, and the teacher's config.json states no heads; set it to mean"
+        )
+
+
+def _require_readable(signal: SignalSpec, window: int) -> None:
+    """Raises RecipeError with the cost, if a sequence of `window` tokens would be too large to be read back; hours
+    later an actor would say it."""
+    attention, layers = signal.attention, signal.layers
+    maps = len(attention.layers) * attention.rows * (window + 1) / 2 if attention else 0
+    # Codes of uint8 are int16 in the file.
+    size = maps * (2 if attention and attention.dtype == "uint8" else 4)
+    size += 4 * len(layers.layers) * layers.width if layers else 0
+    if size * window > MOST_BYTES // 2:
+        raise RecipeError(
+            f"signal.layers and attention take {size:,.0f} bytes a token before compression, {size * window:,.0f} in a "
+            f"sequence of corpus.window {window:,}; at most {MOST_BYTES // 2:,} are read back as one: keep fewer "
+            "layers, the mean of heads, or lower corpus.window"
         )

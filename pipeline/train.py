@@ -4,35 +4,30 @@ Enters: a recipe, its manifest and store. Leaves: `students/<name>/` with snapsh
 Costs: this process waits; the student's does the work, without Ray, without the log, without a teacher.
 """
 
-import json
-import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from stillroom.pipeline.account import enter_use
 from stillroom.pipeline.console import Console
-from stillroom.pipeline.fidelity import require_described, require_supported
+from stillroom.pipeline.pinning import pinned
 from stillroom.pipeline.recipe.schema import Recipe
 from stillroom.pipeline.sources import Sources
 from stillroom.pipeline.student.bindings import EXPORT, RESULT, bindings_of, finished, read_result, require_same
 from stillroom.pipeline.student.config import StudentConfig, StudentJob, student_window
-from stillroom.pipeline.student.parent import VARIABLE
-from stillroom.storage import errors
-from stillroom.storage.care.pins import pin
-from stillroom.storage.errors import StillroomError, StoreError, StudentError
-from stillroom.storage.files import LocalFiles, open_files
+from stillroom.pipeline.student_process import StudentProcess
+from stillroom.storage.errors import StoreError, StudentError
+from stillroom.storage.files import LocalFiles
 from stillroom.storage.manifest import Manifest
 from stillroom.storage.snapshot import Snapshot
-from stillroom.storage.store import IDENTITY, open_store
-
-INTERRUPTED = 130
 
 
 def train_command(recipe: Recipe, *, console: Console) -> dict[str, Any]:
     """`stillroom train`: every student of the recipe, one after the other."""
+    if recipe.train.read_through:
+        from stillroom.pipeline.read_through import follow_command
+
+        return follow_command(recipe, console)
     if not manifest_path(recipe).exists():
         if any(student.losses.alpha for student in recipe.students):
             raise StoreError(f"{manifest_path(recipe)} is not there yet: run `stillroom teach` on this recipe first")
@@ -57,21 +52,37 @@ def train(recipe: Recipe, student: StudentConfig, console: Console) -> dict[str,
     student's loss within the recipe's bound, StudentError if the student's process fails (it has
     said why), KeyboardInterrupt if it was interrupted.
     """
-    folder = student_folder(recipe, student)
     job = job_of(recipe, student)
+    if result_of(job) is None:
+        start(recipe, job, console).wait()
+    else:
+        console.info(f"train: {student.name} is trained already, in {job.run_dir}")
+    return trained(recipe, job, console)
+
+
+def start(
+    recipe: Recipe,
+    job: StudentJob,
+    console: Console,
+    *,
+    beside: bool = False,
+    environment: dict[str, str] | None = None,
+) -> StudentProcess:
+    """Write a job down and start its process; the arguments are `StudentProcess`'s."""
+    if job.teacher is not None:
+        job = job.model_copy(update={"teacher": _teacher_folder(recipe)})
+    path = job.run_dir / "job.json"
+    LocalFiles(job.run_dir).write(path.name, job.model_dump_json(indent=2).encode())
+    console.info(f"train: {job.student.name}")
+    command = [sys.executable, "-m", "stillroom.pipeline.student", str(path)]
+    return StudentProcess(command, job.student.name, beside=beside, environment=environment)
+
+
+def trained(recipe: Recipe, job: StudentJob, console: Console) -> dict[str, Any]:
+    """The result of a job whose process has ended well. Raises StudentError if there is none."""
     result = result_of(job)
     if result is None:
-        if job.teacher is not None:
-            job = job.model_copy(update={"teacher": _teacher_folder(recipe)})
-        path = folder / "job.json"
-        LocalFiles(folder).write(path.name, job.model_dump_json(indent=2).encode())
-        console.info(f"train: {student.name}")
-        _run([sys.executable, "-m", "stillroom.pipeline.student", str(path)], student.name)
-        result = result_of(job)
-        if result is None:
-            raise StudentError(f"student {student.name} ended without a result in {folder}")
-    else:
-        console.info(f"train: {student.name} is trained already, in {folder}")
+        raise StudentError(f"student {job.student.name} ended without a result in {job.run_dir}")
     # Also of one that was trained before: its store may have been out of reach then, or we killed.
     enter_use(recipe.store.path, recipe.name, job, console)
     return result
@@ -122,7 +133,7 @@ def student_line(result: dict[str, Any]) -> dict[str, Any]:
             f"ppl_{when}": found.get("perplexity"),
             f"ece_{when}": found.get("ece"),
         }
-    return line | {"export": result["export"]}
+    return line | {"seconds_waited": result.get("seconds_waited"), "export": result["export"]}
 
 
 def show_students(results: list[dict[str, Any]], console: Console) -> None:
@@ -144,13 +155,18 @@ _SHOWN = (("kl", 3), ("top1", 3), ("ppl", 2))
 
 
 def job_of(recipe: Recipe, student: StudentConfig) -> StudentJob:
-    """What the student's process is to do. Raises StoreError if the corpus or the store is not there."""
-    folder, path = student_folder(recipe, student), manifest_path(recipe)
+    """What the student's process is to do. Raises StoreError if the corpus or the store is not there, or not all."""
+    manifest = Manifest.open(manifest_path(recipe))
+    return job_on(recipe, student, pinned(recipe, student, manifest, student_folder(recipe, student)))
+
+
+def job_on(recipe: Recipe, student: StudentConfig, snapshot: Path | None) -> StudentJob:
+    """The same on a snapshot that is pinned already."""
     return StudentJob(
         student=student,
-        manifest=path,
-        snapshot=_pin(recipe, student, Manifest.open(path), folder),
-        run_dir=folder,
+        manifest=manifest_path(recipe),
+        snapshot=snapshot,
+        run_dir=student_folder(recipe, student),
         tokenizer=recipe.run_dir / "tokenizer",
         # As the recipe has it: a finished student is found without the teacher's files.
         teacher=Path(recipe.teacher.model) if student.model.cut is not None else None,
@@ -161,86 +177,3 @@ def _teacher_folder(recipe: Recipe) -> Path:
     from stillroom.workers.source import resolve_model
 
     return resolve_model(recipe.teacher.model)
-
-
-def _pin(recipe: Recipe, student: StudentConfig, manifest: Manifest, folder: Path) -> Path | None:
-    """The snapshot that this student trains on: the one it began with, unless the corpus has changed since. None for
-    a student of hard labels that began where there was no store.
-
-    Raises IdentityMismatch for a store that the recipe does not describe, StoreError if it lacks a part of the corpus,
-    UnsupportedSignal: nothing is pinned then.
-    """
-    path, note = folder / "snapshot.parquet", folder / "pinned.json"
-    files = open_files(recipe.store.path)
-    stated = {"manifest": manifest.digest, "store": files.uri}
-    held = json.loads(note.read_text()) if note.exists() else None
-    unchecked = student.losses.alpha > 0 and not (folder / RESULT).exists()
-    store = open_store(recipe.store.path) if files.exists(IDENTITY) else None
-    if unchecked and store:
-        require_described(recipe, store)
-    if held == stated | {"signal": True} and path.exists():
-        if unchecked and store:
-            require_supported(recipe, student, store)
-        return path
-    if student.losses.alpha == 0 and (held == stated | {"signal": False} or not files.exists(IDENTITY)):
-        LocalFiles(folder).write(note.name, json.dumps(stated | {"signal": False}).encode())
-        return None
-    store = store or open_store(recipe.store.path)
-    digests = {s.decode() for s in manifest.index().sequences.tolist()}
-    snapshot: Snapshot = store.snapshot(digests)
-    lacking = len(digests.difference(*(u.sequences for u in snapshot.units)))
-    if lacking:
-        raise StoreError(
-            f"store {files.uri} lacks {lacking:,} of the corpus's {len(digests):,} sequences: run `stillroom teach` on "
-            "this recipe first"
-        )
-    if unchecked:
-        require_supported(recipe, student, store)  # a student that is refused must not hold on to shards
-    pin(files, snapshot, path)  # before the snapshot is there: `stillroom gc` must not come between
-    snapshot.write(path)
-    LocalFiles(folder).write(note.name, json.dumps(stated | {"signal": True}).encode())
-    return path
-
-
-def _run(command: list[str], name: str) -> None:
-    """Run the student's process and wait. A Ctrl-C reaches it too, as the terminal signals the whole group; a
-    SIGTERM to us is passed on. It writes its checkpoint, then both end. It ends as well if we are killed.
-
-    Raises the error that the process met, StudentError if it could not say.
-    """
-    reading, writing = os.pipe()
-    environment = os.environ | {VARIABLE: f"{os.getpid()}:{writing}"}
-    # Its stdout is our stderr: ours is for the result alone.
-    process = subprocess.Popen(command, stdout=2, pass_fds=(writing,), env=environment)
-    os.close(writing)
-    previous = signal.signal(signal.SIGTERM, lambda *_: process.send_signal(signal.SIGTERM))
-    try:
-        code = _wait(process)
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-        with os.fdopen(reading, encoding="utf-8") as pipe:
-            told = pipe.read()
-    # By the signal itself where a further Ctrl-C came while the process was already leaving.
-    if code in (INTERRUPTED, -signal.SIGINT, -signal.SIGTERM):
-        raise KeyboardInterrupt
-    if told:
-        raise _error(told, name)
-    if code != 0:
-        how = f"was killed by signal {-code}" if code < 0 else f"stopped with exit code {code}"
-        raise StudentError(f"student {name} {how}; the same command goes on from its last checkpoint")
-
-
-def _error(told: str, name: str) -> StillroomError:
-    """What the student's process said, as the error that it was there."""
-    words = json.loads(told)
-    kind: type[StillroomError] = getattr(errors, words["kind"])
-    return kind(f"student {name}: {words['message']}")
-
-
-def _wait(process: "subprocess.Popen[bytes]") -> int:
-    while True:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:
-            # The child has had the signal as well and is writing its checkpoint: leaving now would orphan it.
-            continue

@@ -10,6 +10,7 @@
     │   ├── CorruptShard             bytes that are not the ones committed
     │   └── StoreFull                no room for what is to be written
     ├── TeacherError                 the teacher cannot be loaded or run
+    │   ├── BatchDependent           rows that depend on what else is in the batch
     │   └── BadLogits                NaN or infinite logits; names the unit and its documents
     └── StudentError                 the student cannot be trained from this store
         ├── TokenizerMismatch        the student reads other ids than the teacher wrote
@@ -64,6 +65,10 @@ class StoreFull(StoreError):
 
 class TeacherError(StillroomError):
     """The teacher cannot be loaded or run."""
+
+
+class BatchDependent(TeacherError):
+    """The teacher's rows depend on what else is in the batch."""
 
 
 class BadLogits(TeacherError):

@@ -14,9 +14,11 @@ from stillroom.storage.errors import FormatMismatch, IdentityMismatch
 from stillroom.storage.records import SignalSpec, digest128
 
 #: Of the files that this release writes in new stores. Format 1 knew the plain top-k tier alone; its stores are read,
-#: and grow in their own format.
+#: and grow in their own format. A store with layers or attention maps is of format 3, and no other is: releases that
+#: do not know these parts say so, and read all other stores.
 FORMAT_VERSION = 2
-READABLE_FORMATS = (1, 2)
+LAYERS_FORMAT = 3
+READABLE_FORMATS = (1, 2, 3)
 
 
 def canonical_json(value: Any) -> bytes:
@@ -55,6 +57,12 @@ class Identity:
     signal: SignalSpec
     format: int = FORMAT_VERSION
 
+    def __post_init__(self) -> None:
+        if self.signal.layers or self.signal.attention:
+            object.__setattr__(self, "format", LAYERS_FORMAT)
+        elif self.format == LAYERS_FORMAT:  # they were dropped by a transcoding
+            object.__setattr__(self, "format", FORMAT_VERSION)
+
     def parts(self) -> dict[str, Any]:
         """What is hashed, by name."""
         names = ("weights", "config", "tokenizer", "vocabulary", "dtype", "quantisation")
@@ -88,6 +96,8 @@ class Identity:
             raise FormatMismatch(f"the store is of format {version}, this release reads {READABLE_FORMATS}")
         signal = {"topk": fields["signal"]} if version == 1 else fields["signal"]
         identity = Identity(**{**fields, "signal": SignalSpec.from_dict(signal)})
+        if identity.format != version:
+            raise IdentityMismatch(f"identity file is damaged: format {version} does not have such a signal")
         # Format 1 hashes k and gap_step alone: anything else beside them would not change its id.
         if identity.id != stated or identity.parts()["signal"] != fields["signal"]:
             raise IdentityMismatch(f"identity file is damaged: it states id {stated}, its parts give {identity.id}")
@@ -113,6 +123,7 @@ class Identity:
 def _require_possible(identity: Identity) -> None:
     """Raises ValueError for types and sizes that cannot be: everything that is read is measured by them."""
     topk, sampled, hidden = identity.signal.topk, identity.signal.sampled, identity.signal.hidden
+    layers, attention = identity.signal.layers, identity.signal.attention
     words = (identity.teacher, identity.weights, identity.config, identity.tokenizer, identity.dtype)
     if not all(isinstance(word, str) for word in words):
         raise ValueError("a name or digest of its is no text")
@@ -129,6 +140,14 @@ def _require_possible(identity: Identity) -> None:
         _require_number("draws", sampled.draws, 1, 2**15 - 1)  # counts are int16
     if hidden:
         _require_number("width", hidden.width, 1, 2**20)
+    if layers:
+        _require_number("width", layers.width, 1, 2**20)
+    if attention:
+        _require_number("max_tokens", attention.max_tokens, 1, 2**20)
+        _require_number("head_count", attention.rows, 1, 2**16)
+    for part in (layers, attention):
+        for layer in part.layers if part else ():
+            _require_number("layer", layer, 0, 2**16)
 
 
 def _require_number(name: str, value: object, least: int, most: int) -> None:

@@ -11,10 +11,13 @@ from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from stillroom.storage.attention import Attention
 
 Int32 = NDArray[np.int32]
 Float32 = NDArray[np.float32]
@@ -123,37 +126,46 @@ class Sampled:
         return Sampled(_stack([b.ids for b in blocks], -1), _stack([b.counts for b in blocks], 0))
 
 
+#: What a signal can be made of, in the order of a shard's columns.
+PARTS = ("topk", "sampled", "hidden", "layers", "attention")
+
+
 @dataclass(frozen=True)
 class Signal:
     """All that a store keeps of R positions: its parts, aligned row by row. At least one is there.
 
     hidden: float32 [R, D], the teacher's final hidden state after its last norm.
+    layers: float32 [R, n, D], hidden states of n layers; see `LayersSpec` for which.
+    attention: attention maps; see `AttentionSpec`.
     """
 
     topk: TopK | None = None
     sampled: Sampled | None = None
     hidden: Float32 | None = None
+    layers: Float32 | None = None
+    attention: Attention | None = None
 
     def __len__(self) -> int:
-        return len(next(part for part in (self.topk, self.sampled, self.hidden) if part is not None))
+        return len(next(part for part in (getattr(self, name) for name in PARTS) if part is not None))
 
     def __getitem__(self, rows: slice | NDArray[np.int64]) -> "Signal":
-        return Signal(
-            None if self.topk is None else self.topk[rows],
-            None if self.sampled is None else self.sampled[rows],
-            None if self.hidden is None else self.hidden[rows],
-        )
+        return Signal(*(None if part is None else part[rows] for part in (getattr(self, name) for name in PARTS)))
 
     @staticmethod
     def concatenate(blocks: Seq["Signal"]) -> "Signal":
         topk = [b.topk for b in blocks if b.topk is not None]
         sampled = [b.sampled for b in blocks if b.sampled is not None]
         hidden = [b.hidden for b in blocks if b.hidden is not None]
-        assert all(len(part) in (0, len(blocks)) for part in (topk, sampled, hidden)), "blocks of different signals"
+        layers = [b.layers for b in blocks if b.layers is not None]
+        attention = [b.attention for b in blocks if b.attention is not None]
+        parts = (topk, sampled, hidden, layers, attention)
+        assert all(len(part) in (0, len(blocks)) for part in parts), "blocks of different signals"
         return Signal(
             TopK.concatenate(topk) if topk else None,
             Sampled.concatenate(sampled) if sampled else None,
             np.concatenate(hidden) if hidden else None,
+            np.concatenate(layers) if layers else None,
+            Attention.concatenate(attention) if attention else None,
         )
 
 
@@ -217,12 +229,55 @@ class HiddenSpec:
 
 
 @dataclass(frozen=True)
+class LayersSpec:
+    """Hidden states between the blocks.
+
+    layers: rising, as indices into what `transformers` returns as `hidden_states`: 0 is what enters the first block
+        (the embeddings), i what leaves the i-th, and the last one the final hidden state after the last norm.
+    width: D. dtype: bfloat16 (error ≤ 2⁻⁸ of the value, none for a teacher that runs in bfloat16) or float32.
+    """
+
+    layers: tuple[int, ...]
+    width: int
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """Attention maps.
+
+    layers: rising, as indices into what `transformers` returns as `attentions`, from 0.
+    heads: the mean over heads, or each; head_count: H, with per_head only.
+    max_tokens: of a sequence. A position t takes t + 1 numbers of each map, so a token of a sequence of T takes
+        (T + 1) / 2 of them in the mean.
+    dtype: uint8 (the square root of a weight in 255 steps, with one scale a row) or float32; see codecs/attention.py.
+    """
+
+    layers: tuple[int, ...]
+    max_tokens: int
+    heads: Literal["mean", "per_head"] = "mean"
+    head_count: int | None = None
+    dtype: Literal["uint8", "float32"] = "uint8"
+
+    @property
+    def rows(self) -> int:
+        """Rows that a position has in each layer."""
+        return 1 if self.head_count is None else self.head_count
+
+    def bytes_per_token(self, tokens: int) -> float:
+        """Of a sequence of so many tokens, before zstd, and without its scales."""
+        return len(self.layers) * self.rows * (tokens + 1) / 2 * (1 if self.dtype == "uint8" else 4)
+
+
+@dataclass(frozen=True)
 class SignalSpec:
     """What is kept per position, and how finely. Part of the identity. At least one part is there."""
 
     topk: TopKSpec | None = None
     sampled: SampledSpec | None = None
     hidden: HiddenSpec | None = None
+    layers: LayersSpec | None = None
+    attention: AttentionSpec | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """By part; what is None is left out, at every depth but for `gap_step`, where None means float32."""
@@ -232,15 +287,20 @@ class SignalSpec:
     def from_dict(fields: dict[str, Any]) -> "SignalSpec":
         """The inverse. Raises TypeError for fields that no part has."""
         parts = {name: dict(part) for name, part in fields.items()}
-        topk, sampled, hidden = (parts.pop(name, None) for name in ("topk", "sampled", "hidden"))
-        if parts or not (topk or sampled or hidden):
-            raise TypeError(f"signal {sorted(fields)}, expected one or more of topk, sampled, hidden")
+        topk, sampled, hidden, layers, attention = (parts.pop(name, None) for name in PARTS)
+        if parts or not (topk or sampled or hidden or layers or attention):
+            raise TypeError(f"signal {sorted(fields)}, expected one or more of {', '.join(PARTS)}")
         if topk and "nucleus" in topk:
             topk["nucleus"] = NucleusSpec(**topk["nucleus"])
+        for part in (layers, attention):
+            if part:
+                part["layers"] = tuple(part["layers"])
         return SignalSpec(
             TopKSpec(**topk) if topk else None,
             SampledSpec(**sampled) if sampled else None,
             HiddenSpec(**hidden) if hidden else None,
+            LayersSpec(**layers) if layers else None,
+            AttentionSpec(**attention) if attention else None,
         )
 
     def in_words(self) -> str:
@@ -256,11 +316,27 @@ class SignalSpec:
             words.append(f"{self.sampled.draws} draws")
         if self.hidden:
             words.append(f"hidden {self.hidden.dtype} ({self.hidden.width})")
+        if self.layers:
+            words.append(f"layers {_listed(self.layers.layers)} {self.layers.dtype} ({self.layers.width})")
+        if self.attention:
+            heads = f"{self.attention.head_count} heads" if self.attention.heads == "per_head" else "mean of heads"
+            kept = f"{self.attention.dtype}, {heads}, up to {self.attention.max_tokens:,} tokens"
+            words.append(f"attention {_listed(self.attention.layers)} ({kept})")
         return " + ".join(words)
 
 
+def _listed(layers: tuple[int, ...]) -> str:
+    """`0,4,8`; `0,4..32` where more than four follow in equal steps."""
+    steps = {after - before for before, after in pairwise(layers)}
+    if len(layers) > 4 and len(steps) == 1:
+        return f"{layers[0]},{layers[1]}..{layers[-1]}"
+    return ",".join(map(str, layers))
+
+
 def _present(part: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in part.items() if value is not None or key == "gap_step"}
+    """As JSON gives it back: lists, no tuples."""
+    lists = {key: list(value) if isinstance(value, tuple) else value for key, value in part.items()}
+    return {key: value for key, value in lists.items() if value is not None or key == "gap_step"}
 
 
 @dataclass(frozen=True)
@@ -306,6 +382,8 @@ class Receipt:
     rows: int
     batches: int
     seconds: float
+    halved: int = 0
+    """Batches more than planned, as those did not fit in the device's memory."""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from stillroom.storage.calibration import Calibration, load_calibration
 from stillroom.storage.codecs.columns import flat, lists
@@ -136,6 +137,11 @@ def _record_batch(
     for sequence, block in zip(sequences, blocks, strict=True):
         if len(block) != sequence.rows:
             raise ValueError(f"sequence {sequence.digest} has {len(block)} signal rows, expected {sequence.rows}")
+        if block.attention is not None and block.attention.widths[0] != sequence.first_position + 1:
+            raise ValueError(
+                f"sequence {sequence.digest} has attention from position {block.attention.widths[0] - 1} on, expected "
+                f"{sequence.first_position}"
+            )
     rows = np.array([s.rows for s in sequences], np.int64)
     tokens = np.array([len(s.input_ids) for s in sequences])
     ids = np.concatenate([s.input_ids for s in sequences]).astype(np.int32, copy=False)
@@ -222,6 +228,7 @@ class ShardReader:
             if (rows < 1).any() or (contexts < 0).any():
                 raise ValueError("a sequence has no signal rows")
             block = self._codec.decode(column, rows)
+            _require_first(block, rows, contexts)
         except ValueError as error:
             raise CorruptShard(f"{self.where}, row group {group}: {error}") from error
         at = np.concatenate([[0], np.cumsum(tokens)]), np.concatenate([[0], np.cumsum(rows)])
@@ -240,6 +247,17 @@ class ShardReader:
     def __iter__(self) -> Iterator[StoredSequence]:
         for group in range(self.groups):
             yield from self.read_group(group)
+
+
+def _require_first(block: Signal, rows: NDArray[np.int64], contexts: NDArray[np.int32]) -> None:
+    """Raises ValueError where attention maps begin at other positions than their sequences' signal does."""
+    if block.attention is None:
+        return
+    found = block.attention.widths[np.cumsum(rows) - rows] - 1
+    wrong = found != np.maximum(contexts - 1, 0)
+    if wrong.any():
+        at = int(np.argmax(wrong))
+        raise ValueError(f"attention of sequence {at} begins at position {found[at]}, its context is {contexts[at]}")
 
 
 def _one_line(error: Exception) -> str:

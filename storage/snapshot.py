@@ -2,6 +2,10 @@
 
 Enters: a store. Leaves: identity, root and, unit by unit, path, digest and sequences. Costs: about 40 bytes a
 sequence. A training run reads no log: what it trains on is fixed when it starts, and resumes from the same list.
+
+Where teachers still write, the units are fixed and some shards are to come: such a snapshot is open. What the student
+is bound to is then the list of units; their shards are told as they are committed (arrivals.py), and when the last one
+is there the file is written again, complete, as it would have been from the start.
 """
 
 import json
@@ -22,6 +26,8 @@ from stillroom.storage.shard import parse_shard_path
 from stillroom.storage.units import read_units
 
 VERSION = 1
+#: Of an open one, which an older release must not take for a damaged one.
+OPEN_VERSION = 2
 _KEY, _DIGEST_KEY = "stillroom.snapshot", "stillroom.snapshot.digest"
 
 
@@ -29,7 +35,7 @@ _KEY, _DIGEST_KEY = "stillroom.snapshot", "stillroom.snapshot.digest"
 class Snapshot:
     """Pinned shards.
 
-    uri: the store's root. refs: by unit id. units: those of `refs`, in plan order.
+    uri: the store's root. units: in plan order. refs: by unit id; those of all units, of fewer in an open one.
     """
 
     uri: str
@@ -37,19 +43,34 @@ class Snapshot:
     units: tuple[Unit, ...]
     refs: dict[str, ShardRef]
 
+    @property
+    def open(self) -> bool:
+        """Whether shards are to come."""
+        return len(self.refs) < len(self.units)
+
     @cached_property
     def digest(self) -> str:
-        """32 hex digits over the paths, which hold the files' own digests."""
+        """32 hex digits over the paths, which hold the files' own digests; of an open one `planned_digest`."""
+        if self.open:
+            return self.planned_digest
         return digest128(b"stillroom.snapshot.1", *(self.refs[u.id].path.encode() for u in self.units))
+
+    @cached_property
+    def planned_digest(self) -> str:
+        """32 hex digits over identity and units, which are the same before and after the shards are there."""
+        units = (u.id.encode() for u in self.units)
+        return digest128(b"stillroom.snapshot.planned.1", self.identity.id.encode(), *units)
 
     def write(self, path: Path) -> None:
         """One Parquet file, whole or not at all."""
         header = {
-            "version": VERSION,
+            "version": OPEN_VERSION if self.open else VERSION,
             "uri": self.uri,
             "identity": json.loads(self.identity.to_json()),
             "shards": {
-                u.id: [self.refs[u.id].path, self.refs[u.id].sha256, self.refs[u.id].size_bytes] for u in self.units
+                u.id: [self.refs[u.id].path, self.refs[u.id].sha256, self.refs[u.id].size_bytes]
+                for u in self.units
+                if u.id in self.refs
             },
         }
         text = json.dumps(header).encode()
@@ -76,10 +97,11 @@ class Snapshot:
 
 
 def _of_header(header: dict[str, Any], units: tuple[Unit, ...], path: Path) -> Snapshot:
-    if header["version"] != VERSION:
+    if header["version"] not in (VERSION, OPEN_VERSION):
         raise StoreError(f"snapshot {path} is of version {header['version']}, this release reads {VERSION}")
     refs = {unit: ShardRef(unit, *fields) for unit, fields in header["shards"].items()}
-    if refs.keys() != {u.id for u in units}:
+    planned = {u.id for u in units}
+    if not (refs.keys() < planned if header["version"] == OPEN_VERSION else refs.keys() == planned):
         raise CorruptShard(f"snapshot {path} is damaged: it names {len(refs)} shards and plans {len(units)} units")
     if any(parse_shard_path(ref.path) != (ref.unit, ref.sha256) for ref in refs.values()):
         raise CorruptShard(f"snapshot {path} is damaged: it names a file that is not its unit's shard")

@@ -60,15 +60,17 @@ class Store:
         """Keep a plan. It is written before its first unit is scored, so that a resume follows it."""
         plans.save_plan(self.files, units)
 
-    def snapshot(self, sequences: Container[str] | None = None) -> Snapshot:
+    def snapshot(self, sequences: Container[str] | None = None, *, pending: Container[str] = ()) -> Snapshot:
         """Pin what is committed now, or of that the units that hold any of `sequences`.
+
+        pending: ids of planned units that are still to be scored, and are part of it: the snapshot is open then.
 
         Raises StoreError where the log names a unit that no plan has, or was damaged.
         """
         self._log.require_whole()
         refs = self.committed()
-        units = tuple({u.id: u for u in self.planned() if u.id in refs}.values())
-        if len(units) != len(refs):
+        units = tuple({u.id: u for u in self.planned() if u.id in refs or u.id in pending}.values())
+        if sum(u.id in refs for u in units) != len(refs):
             unknown = sorted(set(refs) - {u.id for u in units})
             raise StoreError(
                 f"store {self.uri}: the log has {len(unknown)} units that no plan in _stillroom/plans names, "
@@ -76,7 +78,7 @@ class Store:
             )
         if sequences is not None:
             units = tuple(u for u in units if any(s in sequences for s in u.sequences))
-        return Snapshot(self.uri, self.identity, units, {u.id: refs[u.id] for u in units})
+        return Snapshot(self.uri, self.identity, units, {u.id: refs[u.id] for u in units if u.id in refs})
 
     def reader(self, ref: ShardRef) -> ShardReader:
         """A verified reader of one shard."""

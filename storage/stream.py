@@ -4,6 +4,9 @@ Enters: a manifest (order, split, mask, weight), a snapshot (shards) or none, a 
 that order.py gives. Costs: a thread that decodes ahead; two decoded row groups (about 2 MiB each at k = 64) for
 each of at most 64 lanes / world size.
 
+Of a snapshot that teachers still fill (read-through) the order is the same, as it follows from the units alone; the
+decoding thread waits, packs ahead of the student, where the shard of its next pack is not there yet.
+
 Without a snapshot the stream serves ground truth: the same sequences with ids from the manifest and no signal,
 packed by the manifest's row groups, as there are no units.
 """
@@ -11,7 +14,7 @@ packed by the manifest's row groups, as there are no units.
 import queue
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from math import gcd
 
@@ -22,10 +25,14 @@ from stillroom.storage.errors import CorruptShard, IdentityMismatch, StoreError,
 from stillroom.storage.files import open_files
 from stillroom.storage.manifest import Manifest, ManifestIndex
 from stillroom.storage.order import LANES, Block, EpochOrder, digest_keys, epoch_order
-from stillroom.storage.records import Pack, Signal, digest128
+from stillroom.storage.records import Pack, ShardRef, Signal, digest128
 from stillroom.storage.remote.cache import cached_files
 from stillroom.storage.shard import ShardReader, StoredSequence, row_groups
 from stillroom.storage.snapshot import Snapshot
+
+#: Gives the shard of a unit that an open snapshot lacks, when it is there. The second argument says, asked again and
+#: again, whether nobody waits for it any more; then it raises whatever it likes.
+AwaitShard = Callable[[str, Callable[[], bool]], ShardRef]
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,7 @@ class Stream:
     longer. pack: lay several sequences into one window; else one sequence a pack, T its own length.
     rank, world_size: this process takes every world_size-th pack. start: packs already consumed, counted over all
     ranks and epochs; with it any world size resumes where another stopped. prefetch: packs decoded ahead.
-    parts: of the signal that are read and decoded; None: all.
+    parts: of the signal that are read and decoded; None: all. await_shard: for an open snapshot, which needs it.
 
     Raises UsageError if a sequence does not fit the window, IdentityMismatch if manifest and snapshot are of
     different tokenizers, StoreError if the snapshot lacks sequences of the split or the split is empty.
@@ -66,8 +73,11 @@ class Stream:
         epochs: int | None = None,
         prefetch: int = 4,
         parts: Collection[str] | None = None,
+        await_shard: AwaitShard | None = None,
     ) -> None:
         assert 0 <= rank < world_size
+        assert snapshot is None or await_shard is not None or not snapshot.open
+        self._await = await_shard
         self._manifest, self._snapshot = manifest, snapshot
         self._window, self._seed, self._pack = window, seed, pack
         self._rank, self._world_size, self._start = rank, world_size, start
@@ -85,6 +95,10 @@ class Stream:
         """Over all ranks."""
         return len(self._order(epoch))
 
+    def units(self, packs: int | None = None) -> set[str]:
+        """Ids of the units that the first so many packs of epoch 0 read; None: all packs."""
+        return {self._blocks[number].id for number in np.unique(self._order(0).blocks[:packs])}
+
     def __iter__(self) -> Iterator[Pack]:
         """Decode in a thread of its own; what fails there is raised here."""
         ready: queue.Queue[Pack | Exception | None] = queue.Queue(maxsize=max(1, self._prefetch))
@@ -100,8 +114,9 @@ class Stream:
 
         def decode() -> None:
             # The packs of a rank come from every gcd(64, world size)-th lane, two row groups in each.
-            reader = _Reader(self._snapshot, self._parts, groups=2 * (LANES // gcd(LANES, self._world_size)))
+            groups = 2 * (LANES // gcd(LANES, self._world_size))
             try:
+                reader = _Reader(self._snapshot, self._parts, groups, self._shard_of(stop.is_set))
                 for epoch, number in self._numbers():
                     if stop.is_set():
                         return
@@ -120,6 +135,18 @@ class Stream:
         finally:
             stop.set()
             thread.join()
+
+    def _shard_of(self, gone: Callable[[], bool]) -> Callable[[str], ShardRef]:
+        """Where the shard of a unit lies; waits for it in an open snapshot."""
+        held = self._snapshot.refs if self._snapshot else {}
+        arrive = self._await
+
+        def shard_of(unit: str) -> ShardRef:
+            if unit in held or arrive is None:
+                return held[unit]
+            return arrive(unit, gone)
+
+        return shard_of
 
     def _numbers(self) -> Iterator[tuple[int, int]]:
         """(epoch, number in the epoch) of this rank's packs from the cursor on."""
@@ -233,8 +260,14 @@ def assemble(
 class _Reader:
     """Decoded row groups, the last few of them; a shard is verified when its first group is read."""
 
-    def __init__(self, snapshot: Snapshot | None, parts: Collection[str] | None, groups: int) -> None:
-        self._snapshot, self._parts = snapshot, parts
+    def __init__(
+        self,
+        snapshot: Snapshot | None,
+        parts: Collection[str] | None,
+        groups: int,
+        shard_of: Callable[[str], ShardRef],
+    ) -> None:
+        self._snapshot, self._parts, self._shard_of = snapshot, parts, shard_of
         self._files = cached_files(open_files(snapshot.uri)) if snapshot else None
         self._limit = groups
         self._groups: OrderedDict[tuple[int, int], list[StoredSequence]] = OrderedDict()
@@ -257,7 +290,7 @@ class _Reader:
         assert self._snapshot is not None
         assert self._files is not None
         if block not in self._shards:
-            ref = self._snapshot.refs[self._snapshot.units[block].id]
+            ref = self._shard_of(self._snapshot.units[block].id)
             self._shards[block] = ShardReader(self._files, ref, self._snapshot.identity, parts=self._parts)
             while len(self._shards) > LANES:
                 self._shards.popitem(last=False)

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from stillroom.storage.attention import Attention
 from stillroom.storage.codecs.columns import Block, Codec, Counts
 from stillroom.storage.identity import Identity
 from stillroom.storage.manifest import Manifest, ManifestMeta, ManifestRow
@@ -122,7 +123,7 @@ def signal_of(sequence: Sequence, identity: Identity, teacher: Teacher = digest_
     """All parts that the identity keeps of a sequence. Draws and hidden states are a function of its digest."""
     logits_RV, spec = teacher(sequence, identity.vocabulary), identity.signal
     rng = np.random.default_rng([1, int(sequence.digest, 16)])
-    topk = sampled = hidden = None
+    topk = sampled = hidden = layers = attention = None
     if spec.topk and spec.topk.nucleus:
         topk = nucleus_of(logits_RV, spec.topk.k, spec.topk.nucleus.mass, spec.topk.nucleus.temperature)
     elif spec.topk:
@@ -131,7 +132,23 @@ def signal_of(sequence: Sequence, identity: Identity, teacher: Teacher = digest_
         sampled = sampled_of(rng, logits_RV, spec.sampled.draws)
     if spec.hidden:
         hidden = rng.normal(0.0, 2.0, (sequence.rows, spec.hidden.width)).astype(np.float32)
-    return Signal(topk, sampled, hidden)
+    if spec.layers:
+        shape = sequence.rows, len(spec.layers.layers), spec.layers.width
+        layers = rng.normal(0.0, 2.0, shape).astype(np.float32)
+    if spec.attention:
+        count = len(spec.attention.layers)
+        attention = attention_of(rng, count, spec.attention.rows, sequence.rows, sequence.first_position)
+    return Signal(topk, sampled, hidden, layers, attention)
+
+
+def attention_of(rng: np.random.Generator, layers: int, heads: int, rows: int, first_position: int = 0) -> Attention:
+    """Random maps whose rows sum to 1, most of it on the first token, as trained teachers have them."""
+    columns = first_position + rows
+    scores = rng.normal(0.0, 2.0, (layers, heads, rows, columns))
+    scores[..., 0] += 4.0
+    below = np.arange(columns) <= first_position + np.arange(rows)[:, None]
+    weights = np.exp(scores) * below
+    return Attention.of((weights / weights.sum(axis=-1, keepdims=True)).astype(np.float32), first_position)
 
 
 def sampled_of(rng: np.random.Generator, logits_RV: NDArray[np.floating], draws: int) -> Sampled:

@@ -73,8 +73,8 @@ class TeacherActor:
             )
 
     def probe(self, sequences: Seq[Sequence]) -> dict[str, Any]:
-        """How far the teacher's rows depend on their batch, on one of this unit. Raises TeacherError beyond rounding,
-        BadLogits, what `ready` raises."""
+        """How far the teacher's rows depend on their batch, on one of this unit. Raises BatchDependent beyond
+        rounding, BadLogits, what `ready` raises."""
         with self._scoring:
             teacher = self._teacher()
             found = require_batch_free(teacher, sequences, signal=self._identity.signal, dtype=self._spec.dtype)
@@ -123,7 +123,7 @@ class TeacherActor:
             except BadLogits as error:
                 raise BadLogits(f"unit {unit.id}: {error}") from error
             provenance = teacher.provenance(sequences)
-            batches = len(teacher.batches(sequences))
+            batches, planned = len(provenance["batch_shapes"]), len(teacher.batches(sequences))
         files = open_files(self._store)
         if full is not None:
             write_truth(files, unit, full, self._identity)  # before the shard: it counts when the unit does
@@ -135,6 +135,7 @@ class TeacherActor:
             rows=sum(unit.rows),
             batches=batches,
             seconds=time.perf_counter() - started,
+            halved=batches - planned,
         )
 
     def _truth(

@@ -1,7 +1,7 @@
 """Whether a teacher may be kept at all: a sequence must get the same logits alone as in a batch.
 
-Enters: a teacher and the sequences of one unit. Leaves: how far apart the two are, or TeacherError. Costs: one batch of
-the unit, and two of its sequences alone.
+Enters: a teacher and the sequences of one unit. Leaves: how far apart the two are, or BatchDependent. Costs: one
+batch of the unit, and two of its sequences alone.
 
 Rows are scored in isolation, so a batch's other sequences may move them by rounding only. A model that reads its
 padding, pools statistics over the batch or gives experts a capacity moves them by what its neighbours say, and its
@@ -12,7 +12,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from stillroom.storage.errors import TeacherError
+from stillroom.storage.errors import BatchDependent
 from stillroom.storage.fidelity.measure import noise
 from stillroom.storage.records import Sequence, SignalSpec
 from stillroom.workers.teacher import Teacher
@@ -43,7 +43,7 @@ def require_batch_free(
     """Score one batch of a unit, and its shortest and its longest sequence alone.
 
     dtype: of the forward pass, a key of `MOST_KL`.
-    Raises TeacherError where they differ by more than rounding, BadLogits.
+    Raises BatchDependent where they differ by more than rounding, BadLogits.
     """
     group = next((group for group in teacher.batches(sequences) if len(group) > 1), None)
     if group is None:
@@ -62,7 +62,7 @@ def require_batch_free(
     row = noise(pairs, vocabulary=teacher.vocabulary, temperatures=(1.0,)).rows[0]
     found = BatchDependence(sum(map(len, positions.values())), row.kl_nats, row.kl_worst_nats)
     if not found.kl_mean_nats <= MOST_KL[dtype]:
-        raise TeacherError(
+        raise BatchDependent(
             f"the teacher depends on its batch: sequences {' and '.join(probed)} get other logits alone than among "
             f"{len(batch)}, KL {found.kl_mean_nats:.2g} nats in the mean of {found.positions} positions, expected at "
             f"most {MOST_KL[dtype]:g} in {dtype}; nothing was scored. Try teacher.attention eager, or "

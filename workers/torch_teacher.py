@@ -8,6 +8,8 @@ import gc
 import platform
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
+from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -27,7 +29,9 @@ from stillroom.workers import batching
 from stillroom.workers.digests import hidden_width, identity_parts
 from stillroom.workers.draws import draw
 from stillroom.workers.extract import CPU_CHUNK_BYTES, extract
+from stillroom.workers.halving import in_halves
 from stillroom.workers.head import OutputHead, output_head
+from stillroom.workers.hooks import Capture, Hooks, Span, require_attended
 from stillroom.workers.sliced import FEWEST_ROWS, SlicedModel
 from stillroom.workers.source import cache_folder, load_tokenizer, quiet
 from stillroom.workers.teacher import Scored, TeacherSpec
@@ -54,9 +58,13 @@ class TorchTeacher:
         self._border = _longrope_border(config)
         self._attention = str(config._attn_implementation)
         self._slice = spec.slice_positions or max(64, SLICE_BYTES // (4 * config.vocab_size))
+        self._halved: dict[tuple[str, ...], list[list[int]]] = {}
+        """The passes of units whose planned ones did not fit in memory, by the digests of their sequences."""
         self._model: SlicedModel | None = SlicedModel(model, device=self.device, vocabulary=self._vocabulary)
         if spec.compile:
             self._model.body.compile(dynamic=True)
+        self._layers = int(config.num_hidden_layers)
+        self._hooks: dict[bool, Hooks] = {}
 
     @property
     def vocabulary(self) -> int:
@@ -98,15 +106,23 @@ class TorchTeacher:
         self._check(sequences, signal)
         signals: dict[int, Signal] = {}
         truth: dict[str, Float32] = {}
-        for group in self.batches(sequences):
-            found = self._score_batch([sequences[i] for i in group], signal, positions)
+
+        def score(group: Seq[int]) -> Scored:
+            return self._score_batch([sequences[i] for i in group], signal, positions)
+
+        planned = self.batches(sequences)
+        ran = [part for group in planned for part in in_halves(group, score)]
+        for group, found in ran:
             signals.update(zip(group, found.signals, strict=True))
             truth |= found.truth
+        if len(ran) > len(planned):
+            self._halved[tuple(s.digest for s in sequences)] = [list(group) for group, _ in ran]
         return Scored([signals[i] for i in range(len(sequences))], truth)
 
     def provenance(self, sequences: Seq[Sequence]) -> dict[str, Any]:
         """Versions, device, settings and this unit's batch shapes: no times, hosts or paths."""
         lengths = [len(s.input_ids) for s in sequences]
+        groups = self._halved.get(tuple(s.digest for s in sequences), self.batches(sequences))
         return {
             "engine": "torch",
             "python": platform.python_version(),
@@ -119,12 +135,13 @@ class TorchTeacher:
             "compile": self.spec.compile,
             "threads": torch.get_num_threads(),
             "slice_positions": self._slice,
-            "batch_shapes": [list(shape) for shape in batching.shapes(lengths, self.batches(sequences))],
+            "batch_shapes": [list(shape) for shape in batching.shapes(lengths, groups)],
         }
 
     def release(self) -> None:
         """Free the weights. The teacher is of no use afterwards."""
         self._model = None
+        self._hooks = {}
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -147,7 +164,15 @@ class TorchTeacher:
         )
         wanted = [positions.get(s.digest, ()) for s in sequences]
         full_M = np.flatnonzero(np.isin(rows_N, [i * width + t for i, ts in enumerate(wanted) for t in ts]))
-        hidden_ND = self._model.hidden(ids_BT, mask_BT).flatten(0, 1)[torch.from_numpy(rows_N).to(self.device)]
+        spans = [Span(i, s.first_position, len(s.input_ids)) for i, s in enumerate(sequences)]
+        capture = Capture(signal.layers, signal.attention, spans, width)
+        with ExitStack() as stack:
+            if signal.layers or signal.attention:
+                stack.enter_context(capture.of(self._listening(self._model, maps=signal.attention is not None)))
+            hidden_BTD = self._model.hidden(ids_BT, mask_BT)
+        layers_NnD = capture.layers(hidden_BTD, partial(name, 0))
+        attention = capture.attention(partial(name, 0))
+        hidden_ND = hidden_BTD.flatten(0, 1)[torch.from_numpy(rows_N).to(self.device)]
         slices, full = [], []
         for start in range(0, len(hidden_ND), self._slice):
             part = slice(start, start + self._slice)
@@ -158,7 +183,7 @@ class TorchTeacher:
                 full.append(
                     logits_SV[torch.from_numpy(inside).to(self.device), : self._vocabulary].float().cpu().numpy()
                 )
-        scored = Signal.concatenate(slices)
+        scored = replace(Signal.concatenate(slices), layers=layers_NnD, attention=attention)
         ends = list(accumulate(len(r) for r in rows))
         borders = np.cumsum([0, *map(len, wanted)])
         full_MV = np.concatenate(full) if full else np.zeros((0, self._vocabulary), np.float32)
@@ -166,6 +191,24 @@ class TorchTeacher:
             [scored[end - len(r) : end] for r, end in zip(rows, ends, strict=True)],
             {s.digest: full_MV[borders[i] : borders[i + 1]] for i, s in enumerate(sequences) if len(wanted[i])},
         )
+
+    def _listening(self, model: SlicedModel, *, maps: bool) -> Hooks:
+        """Made when first asked for: it costs two passes, and few signals need them."""
+        if self.spec.compile:
+            raise TeacherError(
+                "teacher.compile with signal.layers or signal.attention: hooks in a compiled pass are not supported; "
+                "set it to false"
+            )
+        if maps and self._attention != "eager":
+            raise TeacherError(
+                f"signal.attention needs attention that is computed in full, the teacher runs {self._attention}: set "
+                "teacher.attention to eager"
+            )
+        if maps not in self._hooks:
+            self._hooks[maps] = Hooks(
+                model.body, layers=self._layers, vocabulary=self._vocabulary, device=self.device, maps=maps
+            )
+        return self._hooks[maps]
 
     def _extract(
         self,
@@ -214,6 +257,8 @@ class TorchTeacher:
                 f"signal.topk.k is {k}, expected 1 to {self._vocabulary - 1} (the teacher's vocabulary less one)"
             )
         for s in sequences:
+            if signal.attention is not None:
+                require_attended(signal.attention, s)
             if self._positions is not None and len(s.input_ids) > self._positions:
                 raise TeacherError(
                     f"sequence {s.digest} has {len(s.input_ids):,} tokens, the teacher's positions end at "

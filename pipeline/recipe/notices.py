@@ -12,7 +12,7 @@ def notices(recipe: Recipe) -> list[str]:
     held = [part for part in ("hidden", "topk", "sampled") if getattr(recipe.signal, part) is not None]
     lines = []
     for student in recipe.students:
-        part = held[0] if student.losses.signal == "auto" else student.losses.signal
+        part = next(iter(held), "topk") if student.losses.signal == "auto" else student.losses.signal
         lines += [f"student {student.name}: {line}" for line in advice(student, part)]
     topk = recipe.signal.topk
     if topk is not None and topk.k < 32:
@@ -22,6 +22,14 @@ def notices(recipe: Recipe) -> list[str]:
         )
     if topk is not None and topk.gap_step is not None and topk.gap_step > 1 / 4:
         lines.append(f"signal.topk.gap_step is {topk.gap_step:g}; a step of 1/4 already adds KL 1e-3 to the signal")
+    attention = recipe.signal.attention
+    if attention is not None:
+        each = "layer and head" if attention.heads == "per_head" else "layer"
+        size = (recipe.corpus.window + 1) / 2 * (1 if attention.dtype == "uint8" else 4)
+        lines.append(
+            f"signal.attention takes {size:,.0f} bytes a token for each {each} before compression, at a window of "
+            f"{recipe.corpus.window:,}; half the window takes half of it"
+        )
     if recipe.store.unit_tokens < recipe.teacher.batch_tokens:
         lines.append(
             f"store.unit_tokens ({recipe.store.unit_tokens}) is below teacher.batch_tokens "

@@ -13,7 +13,8 @@ from stillroom.storage.errors import StudentError
 from stillroom.storage.manifest import Manifest
 from stillroom.storage.snapshot import Snapshot
 
-#: "config": `StudentConfig.numbers()`; "manifest", "snapshot": digests (None without a snapshot).
+#: "config": `StudentConfig.numbers()`; "manifest", "snapshot": digests (None without a snapshot); "planned": of the
+#: snapshot's units alone, by which a student is known that began before all of them were scored.
 Bindings = dict[str, Any]
 
 RESULT = "result.json"
@@ -26,6 +27,7 @@ def bindings_of(job: StudentJob, manifest: Manifest, snapshot: Snapshot | None) 
         "config": job.student.numbers(),
         "manifest": manifest.digest,
         "snapshot": None if snapshot is None else snapshot.digest,
+        "planned": None if snapshot is None else snapshot.planned_digest,
     }
 
 
@@ -37,8 +39,11 @@ def require_same(stored: Bindings, asked: Bindings, where: object) -> None:
         for key in sorted(then.keys() | now.keys())
         if then.get(key) != now.get(key)
     ]
+    began_open = stored["snapshot"] is not None and stored["snapshot"] == asked.get("planned")
     differing += [
-        f"{key}: {stored[key]} there, {asked[key]} now" for key in ("manifest", "snapshot") if stored[key] != asked[key]
+        f"{key}: {stored[key]} there, {asked[key]} now"
+        for key in ("manifest", "snapshot")
+        if stored[key] != asked[key] and not (key == "snapshot" and began_open)
     ]
     if differing:
         raise StudentError(

@@ -37,7 +37,8 @@ class Progress:
     """How far a run is.
 
     step: optimizer steps done. packs: the stream's cursor, packs consumed over all epochs.
-    tokens: real tokens read; trained: positions that carried loss. seconds: spent in training.
+    tokens: real tokens read; trained: positions that carried loss. seconds: spent in training; waited: those of them
+    in which a step waited for its packs.
     skipped: steps left out (loss not finite, or nothing to learn). loss: of the last step that was not.
     before: metrics before training.
     """
@@ -47,6 +48,7 @@ class Progress:
     tokens: int = 0
     trained: int = 0
     seconds: float = 0.0
+    waited: float = 0.0
     skipped: int = 0
     loss: float | None = None
     before: dict[str, Any] | None = None

@@ -248,6 +248,11 @@ def teaching_part(asked: str, spec: SignalSpec) -> str:
     asked: `losses.signal`. Raises UnsupportedSignal if the store does not hold it.
     """
     held = [part for part in ("hidden", "topk", "sampled") if getattr(spec, part) is not None]
+    if not held:
+        raise UnsupportedSignal(
+            f"the store holds {spec.in_words()} alone, and a student learns from the teacher's output: teach with "
+            "signal.topk, sampled or hidden beside it, into another store"
+        )
     if asked == "auto":
         return held[0]
     if asked not in held:

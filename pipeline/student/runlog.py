@@ -96,17 +96,19 @@ def cut_back(path: Path, *, done: int, total: int) -> None:
     """Keep the records up to step `done`; a line torn by a kill is the last one and goes with the rest.
 
     Before the first checkpoint (done = 0) nothing is kept: the run starts over. The evaluation after the last step
-    comes after its checkpoint and is done again. Evaluations in between come before theirs.
+    comes after its checkpoint and is done again; that before the first step as well, where it was made up for at the
+    end. Evaluations in between come before theirs.
     """
     if not path.exists():
         return
-    kept = []
+    kept: list[str] = []
     for line in path.read_text().splitlines() if done else []:
         try:
             record = json.loads(line)
         except ValueError:
             break
-        if record["step"] <= done and (record["kind"], record["step"]) != ("evaluation", total):
+        at_the_end = record["kind"] == "evaluation" and (record["step"] == total or (not record["step"] and kept))
+        if record["step"] <= done and not at_the_end:
             kept.append(line + "\n")
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept))

@@ -2,14 +2,19 @@
 
 Enters: job, manifest, snapshot. Leaves: the run folder (see the package's text). Costs: the training. Started again
 after any end, it goes on from the last checkpoint: same batches, and bit-equal losses on a CPU.
+
+On an open snapshot it trains while teachers still write. The order and the numbers are those of a run that came after
+them; only the evaluation before training, which reads all of the held-out split, is made up for at the end, on weights
+that are built once more.
 """
 
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from itertools import islice
-from typing import Any, Protocol, cast
+from typing import Any, NoReturn, Protocol, cast
 
 import torch
 from transformers.utils import logging as transformers_logging
@@ -27,6 +32,7 @@ from stillroom.pipeline.student.runlog import RunLog
 from stillroom.pipeline.student.signals import Stop, stopping
 from stillroom.pipeline.student.teaching import TOPK, Teaching
 from stillroom.pipeline.student.trainer import StepResult, Trainer
+from stillroom.pipeline.student.waiting import WaitEnded, Waiting
 from stillroom.storage.errors import StudentError
 from stillroom.storage.manifest import Manifest
 from stillroom.storage.records import Pack
@@ -41,12 +47,17 @@ class Packs(Protocol):
 
     def packs_per_epoch(self, epoch: int) -> int: ...
 
+    def units(self, packs: int | None = None) -> set[str]: ...
+
 
 def run(job: StudentJob, manifest: Manifest, snapshot: Snapshot | None) -> dict[str, Any]:
     """Train and export; returns what `result.json` holds. Raises StillroomError, KeyboardInterrupt after a signal."""
     transformers_logging.disable_progress_bar()
     with stopping() as stop:
-        return Session(job, manifest, snapshot, stop).run()
+        try:
+            return Session(job, manifest, snapshot, stop).run()
+        except WaitEnded as error:
+            raise KeyboardInterrupt from error
 
 
 class Session:
@@ -61,6 +72,7 @@ class Session:
         self.vocabulary = manifest.meta.vocabulary if snapshot is None else snapshot.identity.vocabulary
         self.teaching = Teaching.of(self.config.losses.signal, snapshot, self.device) if snapshot else TOPK
         self.bindings: Bindings = bindings_of(job, manifest, snapshot)
+        self.waiting = self._waiting()
         self.checkpoints = job.run_dir / "checkpoints"
         self.tokenizer = load_tokenizer(job.tokenizer)
         self.model = self._model()
@@ -88,13 +100,51 @@ class Session:
             self.job.run_dir, name=self.config.name, done=progress.step, total=self.total_steps,
             log_every=self.config.log_every,
         ) as log:  # fmt: skip
+            if self.waiting:
+                self.waiting.say = lambda line: log.say(f"{self.config.name}: {line}")
             for notice in [*advice(self.config, self.teaching.part), *notices, *self._remarks(progress)]:
                 log.say(f"notice: {notice}")
-            if progress.step == 0:
+            if progress.step == 0 and not self._postponed(log):
                 progress = replace(progress, before=self._evaluate(log, step=0))
             progress = self._train(progress, log)
+            if progress.before is None:
+                progress = replace(progress, before=self._evaluate_untrained(log))
             after = self._evaluate(log, step=progress.step)
+            if self.waiting:
+                self.bindings = bindings_of(self.job, self.manifest, self.waiting.complete())
+                log.say(f"{self.config.name}: waited {self.waiting.seconds:.0f} s for teachers since it was started")
             return self._finish(progress, after)
+
+    def _waiting(self) -> Waiting | None:
+        if self.snapshot is None or not self.snapshot.open or self.job.snapshot is None:
+            return None
+
+        def say(line: str) -> None:  # until the log is open
+            print(f"{self.config.name}: {line}", file=sys.stderr, flush=True)
+
+        return Waiting(self.job.snapshot, self.snapshot, stopped=lambda: self.stop.requested, say=say)
+
+    def _postponed(self, log: RunLog) -> bool:
+        """Whether the evaluation before training would wait for teachers."""
+        if self.waiting is None or self.heldout is None:
+            return False
+        lacking = self.heldout.units(self.config.eval_packs) - self.waiting.held().keys()
+        if lacking:
+            log.say(
+                f"{self.config.name}: the evaluation before training is made up for at the end: it reads "
+                f"{len(lacking):,} units that are not scored yet"
+            )
+        return bool(lacking)
+
+    def _evaluate_untrained(self, log: RunLog) -> dict[str, Any] | None:
+        """The evaluation before training, afterwards."""
+        if self.heldout is None:
+            return None
+        trained, self.model = self.model, self._model()
+        try:
+            return self._evaluate(log, step=0)
+        finally:
+            self.model = trained
 
     def _model(self) -> Any:
         model = build_student(
@@ -123,7 +173,7 @@ class Session:
                 manifest=self.manifest, snapshot=self.snapshot, heldout=heldout, window=self.window,
                 seed=0 if heldout else self.config.seed, pack=self.config.packing, start=start,
                 epochs=1 if heldout else (self.config.epochs or (None if self.config.steps else 1)),
-                parts=self.teaching.reads,
+                parts=self.teaching.reads, await_shard=self.waiting,
             ),
         )  # fmt: skip
 
@@ -133,6 +183,11 @@ class Session:
             remarks.append(f"going on after step {progress.step} of {self.total_steps}, from its checkpoint")
         if self.heldout is None:
             remarks.append("the manifest has no held-out sequences: nothing is evaluated")
+        elif self.waiting and self.config.eval_every:
+            remarks.append(
+                f"every {self.config.eval_every} steps training waits until the held-out units that are evaluated are "
+                "scored: set eval_every to null, or eval_packs to a few"
+            )
         return remarks
 
     def _train(self, progress: Progress, log: RunLog) -> Progress:
@@ -142,12 +197,16 @@ class Session:
         with closing(cast(Any, iter(self._stream(start=progress.packs)))) as packs:
             while progress.step < self.total_steps:
                 began = time.perf_counter()
-                group = list(islice(packs, self.config.batch_packs))
+                try:
+                    group = list(islice(packs, self.config.batch_packs))
+                except WaitEnded:
+                    self._stop(progress, log)
                 assert group, "the stream ended before the last step"
                 waited = time.perf_counter() - began
                 result = self.trainer.step(group, progress.step)
                 took = time.perf_counter() - began
                 progress = advance(progress, result, packs=len(group), seconds=took)
+                progress = replace(progress, waited=progress.waited + waited)
                 log.step(step_record(progress.step, self.config, group, result, took=took, waited=waited))
                 self._between_steps(progress, log)
         return progress
@@ -161,24 +220,35 @@ class Session:
                 self._evaluate(log, step=step)
             except KeyboardInterrupt:
                 interrupted = True
-        if last or interrupted or step % self.config.checkpoint_every == 0:
-            checkpoint.save(
-                self.checkpoints, progress=progress, bindings=self.bindings, model=self.model,
-                optimizer=self.trainer.optimizer, keep_last=self.config.keep_last,
-            )  # fmt: skip
         if interrupted:
-            log.say(f"stopped after step {step} with a checkpoint; the same command goes on from here")
-            raise KeyboardInterrupt
+            self._stop(progress, log)
+        if last or step % self.config.checkpoint_every == 0:
+            self._save(progress)
+
+    def _stop(self, progress: Progress, log: RunLog) -> NoReturn:
+        if progress.step:
+            self._save(progress)
+            log.say(f"stopped after step {progress.step} with a checkpoint; the same command goes on from here")
+        raise KeyboardInterrupt
+
+    def _save(self, progress: Progress) -> None:
+        checkpoint.save(
+            self.checkpoints, progress=progress, bindings=self.bindings, model=self.model,
+            optimizer=self.trainer.optimizer, keep_last=self.config.keep_last,
+        )  # fmt: skip
 
     def _evaluate(self, log: RunLog, *, step: int) -> dict[str, Any] | None:
         if self.heldout is None:
             return None
         with closing(cast(Any, iter(self.heldout))) as packs:
-            metrics = evaluate(
-                self.model, islice(packs, self.config.eval_packs), packing=self.config.packing,
-                vocabulary=self.vocabulary, device=self.device, autocast=self.trainer.autocast,
-                teaching=self.teaching, between=self.stop.check,
-            )  # fmt: skip
+            try:
+                metrics = evaluate(
+                    self.model, islice(packs, self.config.eval_packs), packing=self.config.packing,
+                    vocabulary=self.vocabulary, device=self.device, autocast=self.trainer.autocast,
+                    teaching=self.teaching, between=self.stop.check,
+                )  # fmt: skip
+            except WaitEnded as error:
+                raise KeyboardInterrupt from error
         if metrics is None:
             return None
         log.evaluation(step, metrics.as_dict())
@@ -197,6 +267,7 @@ class Session:
             "trained_positions": progress.trained,
             "skipped_steps": progress.skipped,
             "seconds": round(progress.seconds, 3),
+            "seconds_waited": round(progress.waited, 3),
             "loss": progress.loss,
             "before": progress.before,
             "after": after,

@@ -28,7 +28,8 @@ class Difference:
     logit_worst_nats: largest |Δ logit| of the ids that both keep. id_overlap: mean share of the stored ids that were
         kept again.
     draws_equal: mean share of the draws that fell on the same ids again.
-    hidden_error: mean of |Δh| / |h|.
+    hidden_error: mean of |Δh| / |h|; layers_error: the same of each layer, and the largest of their means.
+    attention_distance: mean total variation between a row and itself, 0 … 1.
     """
 
     positions: int
@@ -39,6 +40,8 @@ class Difference:
     id_overlap: float | None = None
     draws_equal: float | None = None
     hidden_error: float | None = None
+    layers_error: float | None = None
+    attention_distance: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -51,7 +54,7 @@ class Band:
     kl_mean_nats: float
     kl_worst_nats: float
     draws_equal: float
-    hidden_error: float
+    hidden_error: float  # also of layers, and of attention's distance
     source: str
 
     def misses(self, found: Difference) -> list[str]:
@@ -62,6 +65,8 @@ class Band:
             ("kl_worst_nats", self.kl_worst_nats, False),
             ("draws_equal", self.draws_equal, True),
             ("hidden_error", self.hidden_error, False),
+            ("layers_error", self.hidden_error, False),
+            ("attention_distance", self.hidden_error, False),
         ):
             value = getattr(found, name)
             if value is not None and not (value >= limit if least else value <= limit):
@@ -104,11 +109,20 @@ def difference(stored: Signal, again: Signal) -> Difference:
         numbers["draws_equal"] = _of_draws(stored.sampled, again.sampled)
     if stored.hidden is not None and again.hidden is not None:
         numbers["hidden_error"] = _of_hidden(stored.hidden, again.hidden)
+    if stored.layers is not None and again.layers is not None:
+        pairs = zip(stored.layers.swapaxes(0, 1), again.layers.swapaxes(0, 1), strict=True)
+        numbers["layers_error"] = max(_of_hidden(held, found) for held, found in pairs)
+    if stored.attention is not None and again.attention is not None:
+        apart = float(np.abs(stored.attention.values - again.attention.values).sum(dtype=np.float64))
+        rows = stored.attention.layers * stored.attention.heads * len(stored)
+        numbers["attention_distance"] = apart / 2 / rows
     return Difference(len(stored), _equal(stored, again), **numbers)
 
 
 def _equal(stored: Signal, again: Signal) -> bool:
-    pairs: list[tuple[Any, Any]] = [(stored.hidden, again.hidden)]
+    pairs: list[tuple[Any, Any]] = [(stored.hidden, again.hidden), (stored.layers, again.layers)]
+    if stored.attention is not None and again.attention is not None:
+        pairs.append((stored.attention.values, again.attention.values))
     if stored.topk is not None and again.topk is not None:
         pairs += [(getattr(stored.topk, n), getattr(again.topk, n)) for n in ("ids", "logits", "tail_lse", "counts")]
     if stored.sampled is not None and again.sampled is not None:

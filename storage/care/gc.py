@@ -38,7 +38,7 @@ _TEMPORARY = re.compile(r"(?:shards|_stillroom(?:/[a-z]+)?)/\.[^/]+\.[0-9a-f]{32
 #: What stillroom makes and never removes here: identity, plans, heads, ledgers and what other commands note.
 _KEPT = re.compile(
     rf"{re.escape(IDENTITY)}|{plans.FOLDER}/[^/]+\.parquet|_delta_log/.*"
-    r"|_stillroom/(?:head-[0-9a-f]{64}\.safetensors|transcode\.json|fidelity\.json|tokens-[0-9a-f]{64}\.parquet)"
+    r"|_stillroom/(?:head-[0-9a-f]{64}\.safetensors|(?:transcode|fidelity|progress)\.json|tokens-[0-9a-f]{64}\.parquet)"
     r"|_stillroom/(?:uses|taught)/[^/]+\.json|_stillroom/[a-z_/]*ledger[^/]*"
 )
 

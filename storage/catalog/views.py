@@ -9,6 +9,10 @@ what it reads: one core gives 50,000 positions a second at k = 64, 3.2 million r
     topk               sequence, position, input_id, rank, id, logit, probability, token, text
     sampled            sequence, position, input_id, id, draws, probability, token, text
     hidden             sequence, position, channel, value
+    layers             sequence, position, layer, channel, value
+
+Attention maps have no view: DuckDB would copy a sequence's whole map for each of its rows. FORMAT.md has a query for
+one row.
 
 `position` is t in the sequence, whose row is about token t + 1; `input_id` is what the teacher read there; `rank` is 1
 for the likeliest. Probabilities are at T = 1 over the whole vocabulary, the tail included, in float64. Views need no
@@ -31,7 +35,7 @@ from stillroom.storage.codecs.hidden import ZERO
 from stillroom.storage.codecs.tail import STEP
 from stillroom.storage.errors import StoreError
 from stillroom.storage.files import Files, sha256_hex
-from stillroom.storage.records import BETAS, HiddenSpec, SampledSpec, TopKSpec
+from stillroom.storage.records import BETAS, HiddenSpec, LayersSpec, SampledSpec, TopKSpec
 from stillroom.storage.store import Store
 
 FOLDER = "_stillroom"
@@ -97,7 +101,9 @@ def views_sql(store: Store) -> str:
         views.append(_sampled(spec.sampled))
     if spec.hidden:
         views.append(_hidden(spec.hidden, store.uri))
-    if len(views) == 2:
+    if spec.layers:
+        views.append(_layers(spec.layers))
+    if len(views) == 2 and not spec.attention:
         raise StoreError(
             f"store {store.uri} keeps {spec.in_words()}, which SQL cannot read: `stillroom transcode {store.uri} DST "
             "--layout plain` makes a store that it can"
@@ -168,6 +174,15 @@ FROM (SELECT sequence, position, unnest(range({spec.width})) AS channel, unnest(
     }
       FROM ({positions})) AS codes
      JOIN {channels} AS channels ON channels.file_row_number = codes.channel;"""
+
+
+def _layers(spec: LayersSpec) -> str:
+    each = [
+        f"SELECT sequence, position, {layer} AS layer, unnest(range({spec.width})) AS channel, "
+        f"unnest(elements_1) AS value\nFROM ({_positions([f'layer_{layer}'], each=spec.width)})"
+        for layer in spec.layers
+    ]
+    return "CREATE OR REPLACE VIEW layers AS\n" + "\nUNION ALL\n".join(each) + ";"
 
 
 def _positions(columns: list[str], *, each: int | str, lone: Iterable[str] = (), tens: Iterable[str] = ()) -> str:

@@ -80,7 +80,7 @@ class HiddenCodec:
         """See `Codec`. One NaN would poison the scale of its row, so nothing that is not finite gets in."""
         self._check(block)
         if self.calibration is None:
-            return [lists(_to_bfloat16(block).ravel(), rows * self.spec.width, pa.float32())]
+            return [lists(to_bfloat16(block).ravel(), rows * self.spec.width, pa.float32())]
         with np.errstate(over="ignore"):  # what overflows is infinite, and refused
             steps_RD = block - self.calibration.channel_offset
             steps_RD /= self.calibration.channel_scale
@@ -95,7 +95,7 @@ class HiddenCodec:
             values, lengths = flats["hidden"]
             require_lengths("hidden", lengths, rows * self.spec.width)
             hidden: Float32 = values.reshape(shape)
-            _require("hidden", np.isfinite(hidden), "finite numbers")
+            require_good("hidden", np.isfinite(hidden), "finite numbers")
             return hidden
         codes, lengths = flats["hidden_code"]
         require_lengths("hidden_code", lengths, rows * self.spec.width)
@@ -119,7 +119,7 @@ class HiddenCodec:
 
         Clipping does not pay: at 0.9 of that the error of the logits is five times as large.
         """
-        scale_R = _round_up(np.maximum(steps_RD.max(axis=1), -steps_RD.min(axis=1)) / np.float32(LARGEST["int8"]))
+        scale_R = round_up(np.maximum(steps_RD.max(axis=1), -steps_RD.min(axis=1)) / np.float32(LARGEST["int8"]))
         self._require_scale(scale_R)
         steps_RD /= np.where(scale_R == 0, np.float32(1), scale_R)[:, None]
         return scale_R
@@ -158,25 +158,25 @@ class HiddenCodec:
         widest = LARGEST["int8"] * max(1.0, float(self.calibration.channel_scale.max()))
         reach_R = scale_R.astype(np.float64) * widest + float(np.abs(self.calibration.channel_offset).max())
         good_R = (scale_R >= 0) & (reach_R < float(np.finfo(np.float32).max))
-        _require("hidden_scale", good_R, "a scale whose 127-fold float32 holds")
+        require_good("hidden_scale", good_R, "a scale whose 127-fold float32 holds")
 
 
-def _round_up(positive: Float32) -> Float32:
+def round_up(positive: Float32) -> Float32:
     """The next bfloat16 from here up, as float32. Two of four byte planes are then zeros: 1.2 bytes instead of 3.2."""
     bits = positive.view(np.uint32)
     return ((bits + np.uint32(0xFFFF)) & np.uint32(0xFFFF0000)).view(np.float32)
 
 
-def _to_bfloat16(hidden_RD: Float32) -> Float32:
+def to_bfloat16(hidden_RD: Float32, name: str = "hidden") -> Float32:
     """Rounded to nearest, ties to even, as float32. Raises ValueError naming a row beyond bfloat16's range."""
     bits = np.ascontiguousarray(hidden_RD).view(np.uint32)
     odd = (bits >> np.uint32(16)) & np.uint32(1)
     rounded: Float32 = ((bits + np.uint32(0x7FFF) + odd) & np.uint32(0xFFFF0000)).view(np.float32)
-    _require("hidden", np.isfinite(rounded), "numbers in bfloat16's range")
+    require_good(name, np.isfinite(rounded), "numbers in bfloat16's range")
     return rounded
 
 
-def _require(name: str, good: NDArray[Any], expected: str) -> None:
+def require_good(name: str, good: NDArray[Any], expected: str) -> None:
     """Raises ValueError naming the first row of a column where something is not good."""
     if not good.all():
         row = int(np.argmin(good.reshape(len(good), -1).all(axis=1)))

@@ -14,9 +14,7 @@ from typing import Literal
 from stillroom.storage.codecs.tail import tail_lse_at
 from stillroom.storage.codecs.topk import first_k, nucleus
 from stillroom.storage.errors import UsageError
-from stillroom.storage.records import NucleusSpec, SignalSpec, TopK, TopKSpec
-
-PARTS = ("topk", "sampled", "hidden")
+from stillroom.storage.records import PARTS, NucleusSpec, SignalSpec, TopK, TopKSpec
 
 #: The coarsest step that a recipe may ask for: what no teacher run can found, surgery does not either.
 COARSEST_STEP = 4.0
@@ -26,6 +24,8 @@ _CANNOT = {
     "topk": "the output head would have to be run over hidden states, and draws rank nothing",
     "sampled": "draws need every id's probability, and the ids of the tail are not kept",
     "hidden": "a hidden state cannot be had from what it predicts",
+    "layers": "inner hidden states cannot be had from what comes after them",
+    "attention": "what the teacher attends to cannot be had from what comes after it",
 }
 
 
@@ -65,6 +65,8 @@ def changed_signal(spec: SignalSpec, changes: Changes) -> SignalSpec:
         _changed_topk(topk, changes) if topk else None,
         spec.sampled if "sampled" in parts else None,
         spec.hidden if "hidden" in parts else None,
+        spec.layers if "layers" in parts else None,
+        spec.attention if "attention" in parts else None,
     )
 
 

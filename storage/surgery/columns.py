@@ -11,7 +11,7 @@ has all of a row group in one value, and cannot be cut.
 
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -124,7 +124,7 @@ def _carried_codec(source: Store, target: Identity) -> SignalCodec:
     whole = signal_codec(source.files, source.identity)
     spec, old = target.signal, source.identity.signal
     topk = None if topk_rewritten(old, spec) else spec.topk
-    return SignalCodec(SignalSpec(topk, spec.sampled, spec.hidden), whole.vocabulary, whole.calibration)
+    return SignalCodec(replace(spec, topk=topk), whole.vocabulary, whole.calibration)
 
 
 def write_rows(store: Store, unit: Unit, rows: Seq[Row], provenance: dict[str, Any]) -> ShardRef:

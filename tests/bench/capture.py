@@ -27,11 +27,12 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from stillroom.pipeline.cluster import Pool, session
+from stillroom.pipeline.cluster import session
 from stillroom.pipeline.options import unit_of
+from stillroom.pipeline.pool import Pool
 from stillroom.pipeline.recipe.schema import RayConfig
 from stillroom.storage.identity import Identity
-from stillroom.storage.records import Sequence, SignalSpec, TopKSpec, Unit
+from stillroom.storage.records import Receipt, Sequence, SignalSpec, TopKSpec, Unit
 from stillroom.storage.store import create_store
 from stillroom.workers.actor import TeacherActor, remote_actor
 from stillroom.workers.source import load_tokenizer, resolve_model
@@ -78,11 +79,12 @@ def _speed(turns: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as root, session(config):
         store = create_store(str(Path(root) / "store"), identity)
         store.save_plan([unit for unit, _ in work])
-        pool = Pool(lambda: remote_actor(num_cpus=2).remote(spec, identity, store.uri), config)
-        pool.start(print)
+        pool = Pool(lambda: remote_actor(num_cpus=2).remote(spec, identity, store.uri), config, print)
+        pool.start()
 
         def piped(part: list[tuple[Unit, list[Sequence]]]) -> None:
-            found = [r for r in pool.run(((*pair, TruthRequest()) for pair in part), print) if r is not None]
+            events = pool.run((*pair, TruthRequest()) for pair in part)
+            found = [event for event in events if isinstance(event, Receipt)]
             assert len(found) == len(part)
             store.commit(found)
 

@@ -49,7 +49,10 @@ def below_null(path: KeyPath) -> bool:
     """Whether a field lies in a part of the signal that is not kept unless asked for: its section is said as null."""
     return any(
         path[: len(section)] == section and path != section
-        for section in (("signal", "topk", "nucleus"), ("signal", "sampled"), ("signal", "hidden"))
+        for section in (
+            ("signal", "topk", "nucleus"),
+            *(("signal", part) for part in ("sampled", "hidden", "layers", "attention")),
+        )
     )
 
 
@@ -152,7 +155,7 @@ class TestSignal:
     @pytest.mark.parametrize(
         ("words", "message"),
         [
-            (["signal.topk=null"], "signal: nothing is kept: give one or more of topk, sampled and hidden"),
+            (["signal.topk=null"], "signal: nothing is kept: give one or more of topk, sampled, hidden, layers"),
             (["signal.topk.nucleus={mass: 1}"], "signal.topk.nucleus.mass: expected less than 1, got 1"),
             (["signal.topk.nucleus={mass: 0}"], "signal.topk.nucleus.mass: expected more than 0, got 0"),
             (["signal.topk.nucleus={}"], "signal.topk.nucleus.mass is missing"),

@@ -8,7 +8,15 @@ import pytest
 
 from stillroom.storage.errors import FormatMismatch, IdentityMismatch
 from stillroom.storage.identity import Identity
-from stillroom.storage.records import HiddenSpec, NucleusSpec, SampledSpec, SignalSpec, TopKSpec
+from stillroom.storage.records import (
+    AttentionSpec,
+    HiddenSpec,
+    LayersSpec,
+    NucleusSpec,
+    SampledSpec,
+    SignalSpec,
+    TopKSpec,
+)
 from tests.strategies import tiny_identity
 
 ALL = SignalSpec(TopKSpec(8, None, NucleusSpec(0.9, 2.0), "packed"), SampledSpec(5), HiddenSpec(16, "int8", "ab" * 32))
@@ -54,10 +62,60 @@ def test_the_format_is_not_part_of_what_is_compared() -> None:
     new.require_equal(old, "here")
 
 
-@pytest.mark.parametrize("version", [0, 3, "2", None, [1]])
+@pytest.mark.parametrize("version", [0, 4, "2", None, [1]])
 def test_another_format_is_refused(version: Any) -> None:
-    with pytest.raises(FormatMismatch, match=r"the store is of format .*, this release reads \(1, 2\)"):
+    with pytest.raises(FormatMismatch, match=r"the store is of format .*, this release reads \(1, 2, 3\)"):
         Identity.from_json(json.dumps(_fields(tiny_identity()) | {"format": version}))
+
+
+INNER = SignalSpec(
+    TopKSpec(4), layers=LayersSpec((0, 4, 8), 16), attention=AttentionSpec((3, 7), 512, "per_head", 9, "uint8")
+)
+
+
+def test_layers_and_attention_make_format_3_and_nothing_else_does() -> None:
+    """Releases that do not know them say so; what they do know stays in the format that they read."""
+    for part in ("layers", "attention"):
+        spec = SignalSpec(**{part: getattr(INNER, part)})
+        assert tiny_identity(signal=spec).format == 3
+    identity = tiny_identity(signal=INNER)
+    again = Identity.from_json(identity.to_json())
+    assert (again, again.id, again.format) == (identity, "36b9dc49237d3c388809d3c8e8e4add5", 3)
+    assert _fields(identity)["signal"]["layers"] == {"layers": [0, 4, 8], "width": 16, "dtype": "bfloat16"}
+    assert replace(identity, signal=SignalSpec(TopKSpec(4))) == tiny_identity()
+    assert replace(identity, format=2).format == 3
+    for signal, version in ((INNER, 2), (SignalSpec(TopKSpec(4)), 3)):
+        with pytest.raises(IdentityMismatch, match=f"format {version} does not have such a signal"):
+            Identity.from_json(json.dumps(_fields(tiny_identity(signal=signal)) | {"format": version}))
+
+
+@pytest.mark.parametrize(
+    ("part", "changed"),
+    [
+        ("layers", {"width": 0}),
+        ("layers", {"layers": [-1, 4]}),
+        ("layers", {"layers": [2**20]}),
+        ("layers", {"layers": ["4"]}),
+        ("attention", {"max_tokens": 0}),
+        ("attention", {"max_tokens": 2**30}),
+        ("attention", {"head_count": 2**20}),
+        ("attention", {"layers": [1.5]}),
+    ],
+)
+def test_layers_that_cannot_be_are_refused(part: str, changed: dict[str, Any]) -> None:
+    fields = _fields(tiny_identity(signal=INNER))
+    fields["signal"][part] |= changed
+    spec = SignalSpec.from_dict(fields["signal"])
+    with pytest.raises(ValueError, match="expected"):
+        Identity.from_json(tiny_identity(signal=spec).to_json())
+
+
+def test_in_words() -> None:
+    assert INNER.in_words() == (
+        "top-4 (1/8 nat) + layers 0,4,8 bfloat16 (16) + attention 3,7 (uint8, 9 heads, up to 512 tokens)"
+    )
+    many = SignalSpec(layers=LayersSpec(tuple(range(4, 33, 4)), 16, "float32"), attention=AttentionSpec((0,), 8))
+    assert many.in_words() == "layers 4,8..32 float32 (16) + attention 0 (uint8, mean of heads, up to 8 tokens)"
 
 
 @pytest.mark.parametrize(

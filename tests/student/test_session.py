@@ -87,7 +87,11 @@ def test_a_run_cut_off_anywhere_goes_on_bit_equal(arch: str, tmp_path: Path) -> 
         again = load_file(cut / "export" / "model.safetensors")
         assert all(torch.equal(again[name], tensor) for name, tensor in weights.items())
         results = [json.loads((folder / "result.json").read_text()) for folder in (cut, whole)]
-        assert {key for key in results[0] if results[0][key] != results[1][key]} <= {"seconds", "export"}
+        assert {key for key in results[0] if results[0][key] != results[1][key]} <= {
+            "seconds",
+            "seconds_waited",
+            "export",
+        }
 
 
 def test_log_lines_after_the_checkpoint_are_cut_off(tmp_path: Path) -> None:
@@ -102,6 +106,11 @@ def test_log_lines_after_the_checkpoint_are_cut_off(tmp_path: Path) -> None:
     assert path.read_text().splitlines() == [lines[1], evaluation.strip()]
     cut_back(path, done=2, total=2)
     assert path.read_text().splitlines() == lines[1:2]
+    before = json.dumps({"kind": "evaluation", "step": 0})  # made up for at the end, and done again
+    for held, kept in (([before, lines[0]], [before, lines[0]]), ([lines[0], before], [lines[0]])):
+        path.write_text("\n".join(held) + "\n")
+        cut_back(path, done=2, total=9)
+        assert path.read_text().splitlines() == kept
     cut_back(path, done=0, total=9)
     assert path.read_text() == ""
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+import torch
 from safetensors.torch import load_file, save_file
 
 from stillroom.storage.errors import BadLogits, IdentityMismatch
@@ -108,6 +109,41 @@ def test_a_unit_is_scored_while_another_is_written(
         two = threads.submit(actor.score_unit, *units[1])
         assert one.result().shard == expected[first]
         assert two.result().shard == expected[second]
+
+
+def test_the_probe_compares_a_batch_with_its_sequences_alone(spec: TeacherSpec, identity: Identity) -> None:
+    _, sequences = work(identity.vocabulary, 0)
+    found = TeacherActor(spec, identity, "unused").probe(sequences)
+    assert found["positions"] > 0
+    assert 0 <= found["kl_mean_nats"] < 1e-6
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_the_shard_says_so(
+    spec: TeacherSpec, identity: Identity, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unit, sequences = work(identity.vocabulary, 0)
+    whole = TeacherActor(spec, identity, str(tmp_path / "whole")).score_unit(unit, sequences)
+    score = TorchTeacher._score_batch
+
+    def tight(self: TorchTeacher, sequences: list[Sequence], *rest: Any) -> Any:
+        if len(sequences) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.50 GiB")
+        return score(self, sequences, *rest)
+
+    monkeypatch.setattr(TorchTeacher, "_score_batch", tight)
+    halved = TeacherActor(spec, identity, str(tmp_path / "halved")).score_unit(unit, sequences)
+    assert (whole.halved, whole.batches, halved.halved, halved.batches) == (0, 2, 2, 4)
+    blocks = []
+    for receipt, name in ((whole, "whole"), (halved, "halved")):
+        reader = ShardReader(open_files(str(tmp_path / name)), receipt.shard, identity)
+        blocks.append([stored.signal.topk for stored in reader if stored.signal])
+        shapes = reader.footer["provenance"]["batch_shapes"]
+        assert [rows for rows, _ in shapes] == ([1, 3] if name == "whole" else [1, 1, 1, 1])
+    for one, other in zip(*blocks, strict=True):
+        assert one is not None
+        assert other is not None
+        np.testing.assert_array_equal(one.ids, other.ids)
+        np.testing.assert_allclose(one.logits, other.logits, atol=1e-5)
 
 
 @pytest.mark.parametrize("part", ["weights", "config", "tokenizer", "vocabulary", "dtype"])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from stillroom.storage.errors import TeacherError
+from stillroom.storage.errors import BatchDependent
 from stillroom.storage.records import Sequence, SignalSpec, TopKSpec
 from stillroom.workers.sanity import POSITIONS, require_batch_free
 from stillroom.workers.teacher import TeacherSpec
@@ -54,7 +54,7 @@ def test_a_teacher_that_sees_its_neighbours_is_refused(
         return found + 0.3 * found.mean(1 if leak == "padding" else 0, keepdim=True)
 
     monkeypatch.setattr(model, "hidden", leaking)
-    with pytest.raises(TeacherError, match=r"depends on its batch.*batch_tokens 1") as caught:
+    with pytest.raises(BatchDependent, match=r"depends on its batch.*batch_tokens 1") as caught:
         require_batch_free(teacher, sequences, signal=SIGNAL, dtype="float32")
     assert "\n" not in str(caught.value)
 

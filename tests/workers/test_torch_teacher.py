@@ -95,6 +95,11 @@ def assert_rows(block: TopK, logits_RV: np.ndarray[Any, np.dtype[np.float64]], t
     np.testing.assert_allclose(block.logits, np.take_along_axis(logits_RV, ids, 1), atol=tolerance)
     np.testing.assert_allclose(block.logits, -np.sort(-logits_RV, 1)[:, : ids.shape[1]], atol=tolerance)
     assert all(len(set(row)) == len(row) for row in ids.tolist())
+    order = np.argsort(-logits_RV, axis=1, kind="stable")[:, : ids.shape[1] + 1]
+    steps = -np.diff(np.take_along_axis(logits_RV, order, axis=1), axis=1, prepend=np.inf)  # to the one before
+    steps = np.concatenate([steps, np.full((len(steps), 1), np.inf)], axis=1)
+    apart = (np.minimum(steps[:, :-1], steps[:, 1:]) > 2 * tolerance)[:, : ids.shape[1]]
+    np.testing.assert_array_equal(ids[apart], order[:, : ids.shape[1]][apart])  # all but ties
     for g, beta in enumerate(BETAS):
         kept = np.logaddexp.reduce(beta * block.logits.astype(np.float64), axis=1)
         full = np.logaddexp.reduce(beta * logits_RV, axis=1)
@@ -107,8 +112,9 @@ def test_like_each_document_alone(folder: Folder, arch: str, padded: int) -> Non
     where = folder(arch, padded=padded)
     teacher = TorchTeacher(spec(where, batch_tokens=64, slice_positions=9))
     asked = sequences(teacher.vocabulary)
-    blocks = score(teacher, asked, k=K)
-    for sequence, block in zip(asked, blocks, strict=True):
+    turned = (4, 0, 5, 3, 1, 2)
+    blocks = score(teacher, asked, k=K) + score(teacher, [asked[i] for i in turned], k=K)
+    for sequence, block in zip([*asked, *(asked[i] for i in turned)], blocks, strict=True):
         assert len(block) == sequence.rows
         assert int(block.ids.max()) < teacher.vocabulary
         assert_rows(block, full_logits(where, sequence, teacher.vocabulary))

@@ -18,7 +18,9 @@ from stillroom.storage.catalog.views import TokenRow, token_table, views_sql, wr
 from stillroom.storage.errors import StoreError
 from stillroom.storage.files import LocalFiles, content_digest, sha256_hex
 from stillroom.storage.records import (
+    AttentionSpec,
     HiddenSpec,
+    LayersSpec,
     NucleusSpec,
     Sampled,
     Sequence,
@@ -233,3 +235,28 @@ def test_every_plain_tier_has_its_views(tmp_path: Path) -> None:
         }
         wanted = {"shards", "tokens"} | ({"topk", "topk_positions"} if spec.topk else set())
         assert found == wanted | {part for part in ("sampled", "hidden") if getattr(spec, part)}
+
+
+def test_layers_are_the_readers_to_the_bit(tmp_path: Path) -> None:
+    store = made(tmp_path / "store", SignalSpec(layers=LayersSpec((0, 4, 8), D)))
+    rows = query(store, "SELECT * FROM layers ORDER BY sequence, position, layer, channel")
+    wanted = [(line[0], line[1], layer, c) for line in stored(store) for layer in (0, 4, 8) for c in range(D)]
+    assert [row[:4] for row in rows] == wanted
+    assert np.array_equal(column(rows, 4), np.concatenate([s.layers[row].ravel() for *_, s, row in stored(store)]))
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "float32"])
+def test_a_row_of_an_attention_map_is_a_slice_as_the_format_says(tmp_path: Path, dtype: Any) -> None:
+    store = made(tmp_path / "store", SignalSpec(attention=AttentionSpec((1, 3), 128, "per_head", 2, dtype)))
+    fenced = (Path(__file__).parents[3] / "storage" / "FORMAT.md").read_text(encoding="utf-8").split("```sql")[2]
+    sql = fenced.partition("```")[0].replace("'shards/*.parquet'", "shards")
+    if dtype == "float32":
+        sql = sql.replace("SELECT scale * (code / 255.0) ** 2", "SELECT code")
+        sql = sql.replace("attention_3_scale[heads * row + head + 1]", "1")
+    lines = stored(store)
+    for sequence, position, _, signal, row in (lines[0], lines[17], lines[-1]):
+        for head in (0, 1):
+            asked = sql.replace("'…'", f"'{sequence}'").replace("9 AS heads, 0 AS head", f"2 AS heads, {head} AS head")
+            asked = asked.replace("100 AS t", f"{position} AS t")
+            wanted = signal.attention[row : row + 1].dense()[1, head, 0]
+            np.testing.assert_allclose([found[0] for found in query(store, asked)], wanted, rtol=1e-5, atol=1e-9)

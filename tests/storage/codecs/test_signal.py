@@ -8,12 +8,28 @@ import pytest
 from stillroom.storage.codecs.columns import flat
 from stillroom.storage.codecs.signal import VALUES_PER_GROUP, SignalCodec, positions_per_group, rows_of
 from stillroom.storage.codecs.topk import TopKCodec
-from stillroom.storage.records import HiddenSpec, NucleusSpec, SampledSpec, Sequence, Signal, SignalSpec, TopKSpec
+from stillroom.storage.records import (
+    PARTS,
+    AttentionSpec,
+    HiddenSpec,
+    LayersSpec,
+    NucleusSpec,
+    SampledSpec,
+    Sequence,
+    Signal,
+    SignalSpec,
+    TopKSpec,
+)
 from tests.strategies import columns_of, round_trip, signal_of, tiny_identity
 
-ALL = SignalSpec(TopKSpec(4, None, NucleusSpec(0.9)), SampledSpec(7), HiddenSpec(6, "bfloat16"))
+ALL = SignalSpec(
+    TopKSpec(4, None, NucleusSpec(0.9)),
+    SampledSpec(7),
+    HiddenSpec(6, "bfloat16"),
+    LayersSpec((0, 3), 6),
+    AttentionSpec((1,), 16, dtype="float32"),
+)
 CODEC = SignalCodec(ALL, 40)
-PARTS = ["topk", "sampled", "hidden"]
 
 
 @pytest.fixture
@@ -34,6 +50,11 @@ def signal() -> Signal:
         (SignalSpec(TopKSpec(64, layout="packed")), 8 * 4096),
         (SignalSpec(TopKSpec(64, layout="packed"), SampledSpec(50)), 4096),
         (SignalSpec(TopKSpec(64), SampledSpec(90)), VALUES_PER_GROUP // 90),
+        (SignalSpec(TopKSpec(64), layers=LayersSpec((0, 4, 8), 576)), 8 * VALUES_PER_GROUP // (3 * 576)),
+        (SignalSpec(attention=AttentionSpec((0, 3), 1023)), 8 * VALUES_PER_GROUP // 1024),
+        (SignalSpec(attention=AttentionSpec((0, 3), 1023, "per_head", 8)), VALUES_PER_GROUP // 1024),
+        (SignalSpec(attention=AttentionSpec(tuple(range(30)), 2**20, "per_head", 64)), 1),
+        (SignalSpec(TopKSpec(64, layout="packed"), layers=LayersSpec((1,), 16)), 4096),
     ],
 )
 def test_a_row_groups_positions_follow_from_the_widest_part(spec: SignalSpec, positions: int) -> None:

@@ -1,0 +1,152 @@
+"""Pinning: which shards a student trains on, fixed in its folder before it starts.
+
+Enters: a recipe, its corpus and store. Leaves: `snapshot.parquet` and `pinned.json` in the student's folder, a pin in
+the store. Costs: 40 bytes a sequence.
+
+Where teachers still write, the snapshot is open: all planned units are in it, and a `Follower` tells the student of
+their shards as the log gets them. It is completed when the last one is there, and is then the snapshot that a run after
+all teaching would have pinned.
+"""
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+
+from stillroom.pipeline.fidelity import require_described, require_supported
+from stillroom.pipeline.recipe.schema import Recipe
+from stillroom.pipeline.student.bindings import RESULT
+from stillroom.pipeline.student.config import StudentConfig
+from stillroom.storage.arrivals import ArrivalsWriter, arrivals_path
+from stillroom.storage.care.pins import pin
+from stillroom.storage.errors import StoreError
+from stillroom.storage.files import LocalFiles, open_files
+from stillroom.storage.manifest import Manifest
+from stillroom.storage.snapshot import Snapshot
+from stillroom.storage.store import IDENTITY, Store, open_store
+
+SNAPSHOT, NOTE = "snapshot.parquet", "pinned.json"
+
+
+def pinned(recipe: Recipe, student: StudentConfig, manifest: Manifest, folder: Path) -> Path | None:
+    """The snapshot that this student trains on: the one it began with, unless the corpus has changed since. None for
+    a student of hard labels that began where there was no store.
+
+    Raises IdentityMismatch for a store that the recipe does not describe, StoreError if it lacks a part of the corpus,
+    UnsupportedSignal: nothing is pinned then.
+    """
+    path, files = folder / SNAPSHOT, open_files(recipe.store.path)
+    stated = {"manifest": manifest.digest, "store": files.uri}
+    held = _note(folder)
+    unchecked = student.losses.alpha > 0 and not (folder / RESULT).exists()
+    store = open_store(recipe.store.path) if files.exists(IDENTITY) else None
+    if unchecked and store:
+        require_described(recipe, store)
+    if held == stated | {"signal": True} and path.exists():
+        follower = Follower(store, path) if store and Snapshot.read(path).open else None
+        if follower is not None and follower.look():
+            raise _lacking(files.uri, follower.missing, manifest)
+        if unchecked and store:
+            require_supported(recipe, student, store)
+        if follower is not None:
+            follower.complete()
+        return path
+    if student.losses.alpha == 0 and (held == stated | {"signal": False} or not files.exists(IDENTITY)):
+        LocalFiles(folder).write(NOTE, json.dumps(stated | {"signal": False}).encode())
+        return None
+    store = store or open_store(recipe.store.path)
+    digests = _digests(manifest)
+    snapshot: Snapshot = store.snapshot(digests)
+    lacking = len(digests.difference(*(u.sequences for u in snapshot.units)))
+    if lacking:
+        raise StoreError(
+            f"store {files.uri} lacks {lacking:,} of the corpus's {len(digests):,} sequences: run `stillroom teach` on "
+            "this recipe first"
+        )
+    if unchecked:
+        require_supported(recipe, student, store)  # a student that is refused must not hold on to shards
+    _write(store, snapshot, folder, stated)
+    return path
+
+
+def pin_open(
+    recipe: Recipe, student: StudentConfig, manifest: Manifest, folder: Path, store: Store, pending: Collection[str]
+) -> Path | None:
+    """As `pinned`, where the units `pending` of the corpus are planned and not scored yet. The student's fidelity is
+    checked when they are, as the sample is spread over them."""
+    path = folder / SNAPSHOT
+    stated = {"manifest": manifest.digest, "store": store.files.uri}
+    held = _note(folder)
+    require_described(recipe, store)
+    if held == stated | {"signal": True} and path.exists():
+        if Snapshot.read(path).open:
+            Follower(store, path)  # raises where its units will never come
+        return path
+    if student.losses.alpha == 0 and held == stated | {"signal": False}:
+        return None
+    snapshot = store.snapshot(_digests(manifest), pending=pending)
+    arrivals_path(path).unlink(missing_ok=True)
+    _write(store, snapshot, folder, stated)
+    return path
+
+
+class Follower:
+    """Tells a student on an open snapshot what the log gets.
+
+    missing: ids of the units that have no shard yet, in plan order.
+    Raises StoreError if the store is another one by now, or plans other units.
+    """
+
+    def __init__(self, store: Store, path: Path) -> None:
+        self._store, self._path = store, path
+        self._snapshot = Snapshot.read(path)
+        self._told = ArrivalsWriter(arrivals_path(path))
+        self.units = len(self._snapshot.units)
+        held = self._snapshot.refs.keys() | self._told.refs.keys()
+        self.missing = [unit.id for unit in self._snapshot.units if unit.id not in held]
+        planned = set(store.planned().ids.astype(str).tolist())
+        if self._snapshot.identity.id != store.identity.id or not planned.issuperset(self.missing):
+            raise StoreError(
+                f"store {store.uri} is not the one on which {path} was begun, or plans other units: put it back, or "
+                f"remove {path.parent} to train this student anew"
+            )
+
+    def look(self) -> int:
+        """Tell what is new; how many units are missing still."""
+        refs = self._store.committed() if self.missing else {}
+        self._told.tell(refs[unit] for unit in self.missing if unit in refs)
+        self.missing = [unit for unit in self.missing if unit not in refs]
+        return len(self.missing)
+
+    def complete(self) -> None:
+        """Write the snapshot as it is now that nothing is missing."""
+        refs = {**self._snapshot.refs, **self._told.refs}
+        units = self._snapshot.units
+        whole = Snapshot(self._snapshot.uri, self._snapshot.identity, units, {u.id: refs[u.id] for u in units})
+        pin(self._store.files, whole, self._path)
+        whole.write(self._path)
+
+
+def _write(store: Store, snapshot: Snapshot, folder: Path, stated: dict[str, str]) -> None:
+    path = folder / SNAPSHOT
+    pin(store.files, snapshot, path)  # before the snapshot is there: `stillroom gc` must not come between
+    snapshot.write(path)
+    LocalFiles(folder).write(NOTE, json.dumps(stated | {"signal": True}).encode())
+
+
+def _note(folder: Path) -> dict[str, object] | None:
+    note = folder / NOTE
+    if not note.exists():
+        return None
+    held: dict[str, object] = json.loads(note.read_text())
+    return held
+
+
+def _digests(manifest: Manifest) -> set[str]:
+    return {s.decode() for s in manifest.index().sequences.tolist()}
+
+
+def _lacking(uri: str, missing: Collection[str], manifest: Manifest) -> StoreError:
+    return StoreError(
+        f"store {uri} lacks {len(missing):,} units of the corpus {manifest.path}: run `stillroom teach` on this recipe "
+        "first, or set train.read_through to train while it teaches"
+    )
