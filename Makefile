@@ -49,6 +49,7 @@ demo: $(VENV)/.demo
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m tests.bench.store
+	$(BIN)/python -m tests.bench.capture
 
 test: $(VENV)/.dev
 	$(PYTEST) -m "not slow"
