@@ -12,6 +12,7 @@ Models are counts that grow as positions go by, the same on both sides, so no ta
 damaged. All of it is integer arithmetic: every machine computes the same tables.
 """
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
@@ -64,7 +65,7 @@ class Model:
         self.frequency = self.frequency.ravel()
 
 
-class Coder:
+class Coder(ABC):
     """What writing and reading share: values are coded against a model, or as plain bits.
 
     Every method takes the values to write and returns the values coded; a reader ignores what it is given.
@@ -109,11 +110,13 @@ class Coder:
             model.learn(np.concatenate(cells))
         self._pending.clear()
 
+    @abstractmethod
     def _cells(self, model: Model, contexts: Int64, values: Int64 | None) -> Int64:
-        raise NotImplementedError
+        """Cells of the model's table, contexts · size + symbols, written or read."""
 
+    @abstractmethod
     def _uniform(self, widths: Int64, values: Int64 | None) -> Int64:
-        raise NotImplementedError
+        """Values of at most PRECISION bits, written or read."""
 
 
 #: Numbers below 2^DIRECT are classes of their own; above, each doubling has 2^FINE classes of equal width.

@@ -1,7 +1,7 @@
 """A flipped bit or a cut anywhere in a store of any kind: told by name, or nothing that is read is another.
 
-tests/storage/test_flips.py does the same for one store, and asks that `verify` says what reading cannot see. Here a
-reader must get exactly what was there, the same units too, or an error; and every kind of signal and side file is in.
+A reader gets exactly what was there, the same units too, or an error; where it gets fewer units, `verify` says why.
+Every kind of signal and side file is in.
 """
 
 import hashlib
@@ -21,7 +21,9 @@ from stillroom.storage.fidelity.truth import Truth, truth_blocks, write_truth
 from stillroom.storage.files import open_files, sha256_hex
 from stillroom.storage.log import CommitLog
 from stillroom.storage.records import (
+    AttentionSpec,
     HiddenSpec,
+    LayersSpec,
     NucleusSpec,
     SampledSpec,
     Sequence,
@@ -79,18 +81,25 @@ def checkpointed(store: Store) -> None:
 def stores(tmp_path_factory: pytest.TempPathFactory) -> list[Store]:
     root = tmp_path_factory.mktemp("flips")
     sequences = random_sequences(np.random.default_rng(3), 9, shortest=10, longest=24)
-    all_parts = root / "all"
-    files = open_files(str(all_parts))
-    sha256 = save_calibration(files, Calibration(np.full(8, 0.01, np.float32), np.zeros(8, np.float32)))
-    files.write(f"_stillroom/head-{sha256_hex(b'head')}.safetensors", b"head")
+    sha256 = _calibrated(root / "all")
+    assert _calibrated(root / "int8") == sha256
     signals = {
         "all": SignalSpec(TopKSpec(4), SampledSpec(9), HiddenSpec(8, "int16", sha256)),
         "packed": SignalSpec(TopKSpec(4, layout="packed")),
         "nucleus": SignalSpec(TopKSpec(6, 1 / 16, NucleusSpec(0.9, 2.0)), None, HiddenSpec(8, "bfloat16")),
+        "int8": SignalSpec(None, SampledSpec(9), HiddenSpec(8, "int8", sha256)),
+        "layers": SignalSpec(TopKSpec(4), layers=LayersSpec((0, 2), 8), attention=AttentionSpec((1,), 64)),
     }
     made = [found_store(root / name, signal, sequences) for name, signal in signals.items()]
     checkpointed(made[2])
     return made
+
+
+def _calibrated(root: Path) -> str:
+    """Side files of a hidden part; returns the calibration's digest."""
+    files = open_files(str(root))
+    files.write(f"_stillroom/head-{sha256_hex(b'head')}.safetensors", b"head")
+    return save_calibration(files, Calibration(np.full(8, 0.01, np.float32), np.zeros(8, np.float32)))
 
 
 def contents(store_uri: str) -> tuple[Any, ...]:
@@ -107,7 +116,9 @@ def contents(store_uri: str) -> tuple[Any, ...]:
 
 
 def _digest(signal: Signal) -> str:
-    parts: list[Any] = [signal.hidden]
+    parts: list[Any] = [signal.hidden, signal.layers]
+    if signal.attention:
+        parts += [signal.attention.values, signal.attention.widths]
     if signal.topk:
         parts += [signal.topk.ids, signal.topk.logits, signal.topk.tail_lse, signal.topk.counts]
     if signal.sampled:

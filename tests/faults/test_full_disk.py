@@ -1,12 +1,10 @@
 """A disk that is full at any moment: a clear StoreFull, an intact store, and going on once there is room."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.processes import on_small_disk
 
 #: Each step is tried with less and less room, until it fails; then the store must be what it was, and with room the
 #: same step must do. Argument: the folder on the small disk.
@@ -105,21 +103,6 @@ print("whole")
 
 @pytest.mark.real
 def test_a_disk_that_fills_up_while_a_store_is_written(tmp_path: Path) -> None:
-    """A tmpfs of 4 MiB, mounted in a namespace of its own so that nothing needs cleaning up."""
-    mount = f'mount -t tmpfs -o size=4m none "{tmp_path}" && exec "$0" "$@"'
-    for namespace in (["unshare", "--mount"], ["unshare", "--user", "--map-root-user", "--mount"]):
-        try:
-            probe = subprocess.run([*namespace, "sh", "-c", mount, "true"], check=False, capture_output=True)
-        except FileNotFoundError:
-            break
-        if probe.returncode == 0:
-            done = subprocess.run(
-                [*namespace, "sh", "-c", mount, sys.executable, "-c", STEPS, str(tmp_path)],
-                check=False, capture_output=True, text=True, cwd=ROOT,
-            )  # fmt: skip
-            assert done.returncode == 0, done.stderr[-3000:]
-            lines = done.stdout.splitlines()
-            assert [line.split(" | ")[0] for line in lines] == ["plan", "shard", "truth", "commit", "whole"], lines
-            assert all("no room for" in line for line in lines[:-1])
-            return
-    pytest.skip("neither root nor user namespaces may mount a tmpfs here")
+    lines = on_small_disk(STEPS, tmp_path, "4m").splitlines()
+    assert [line.split(" | ")[0] for line in lines] == ["plan", "shard", "truth", "commit", "whole"], lines
+    assert all("no room for" in line for line in lines[:-1])

@@ -1,8 +1,6 @@
 """log.py: a unit counts once, whoever commits it, and nothing counts before."""
 
 import json
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from deltalake import DeltaTable
 from stillroom.storage.errors import StoreError
 from stillroom.storage.log import CommitLog
 from stillroom.storage.records import Receipt
+from tests.processes import COMMITTER, at_once
 from tests.strategies import named_receipt as receipt
 
 SCHEMA = pa.schema([pa.field("sequence", pa.string(), nullable=False)])
@@ -91,39 +90,9 @@ def test_threads_that_commit_the_same_units_at_once(uri: str) -> None:
     assert len(DeltaTable(uri).file_uris()) == 10
 
 
-COMMITTER = """
-import sys
-from stillroom.storage.log import CommitLog
-from tests.strategies import named_receipt as receipt
-log, writer = CommitLog.open(sys.argv[1]), int(sys.argv[2])
-print("ready", flush=True)
-sys.stdin.readline()
-done = []
-for number in range(5):
-    done += log.commit([receipt(number, writer=writer)])
-print(*[r.shard.path for r in done])
-"""
-
-
 @pytest.mark.real
 def test_processes_that_commit_the_same_units_at_once(uri: str) -> None:
-    root = Path(__file__).parents[2]
-    writers = [
-        subprocess.Popen(
-            [sys.executable, "-c", COMMITTER, uri, str(n)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root,
-        )
-        for n in range(3)
-    ]  # fmt: skip
-    for writer in writers:
-        assert writer.stdout is not None
-        assert writer.stdout.readline() == "ready\n"
-    for writer in writers:
-        assert writer.stdin is not None
-        writer.stdin.write("go\n")
-        writer.stdin.flush()
-    told = [path for writer in writers for path in writer.communicate(timeout=60)[0].split()]
-    assert [writer.returncode for writer in writers] == [0, 0, 0]
+    told = "".join(at_once(COMMITTER, [(uri, writer, 5) for writer in range(3)])).split()
     assert sorted(told) == sorted(ref.path for ref in CommitLog.open(uri).refs().values())
     assert len(told) == 5
 

@@ -20,6 +20,7 @@ from stillroom.storage.remote.cache import (
     cache_limit,
     cached_files,
 )
+from tests.processes import at_once
 
 SIZE = 10_000
 
@@ -230,22 +231,7 @@ print(len(remote.fetched))
 @pytest.mark.parametrize("limit", [3, 8])
 def test_processes_share_a_cache(remote: Remote, tmp_path: Path, limit: int) -> None:
     """Every read is right while others evict; with room for all, each shard is fetched once in all."""
-    readers = [
-        subprocess.Popen(
-            [sys.executable, "-c", READERS, str(tmp_path), str(seed), str(limit)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[3],
-        )
-        for seed in range(3)
-    ]  # fmt: skip
-    for reader in readers:
-        assert reader.stdout is not None
-        assert reader.stdout.readline() == "ready\n"
-    for reader in readers:
-        assert reader.stdin is not None
-        reader.stdin.write("go\n")
-        reader.stdin.flush()
-    fetched = [int(reader.communicate(timeout=60)[0]) for reader in readers]
-    assert [reader.returncode for reader in readers] == [0, 0, 0]
+    fetched = [int(said) for said in at_once(READERS, [(tmp_path, seed, limit) for seed in range(3)])]
     assert len(copies(tmp_path)) == limit
     if limit == 8:
         assert sum(fetched) == 8

@@ -18,6 +18,7 @@ from stillroom.storage.records import Receipt
 from stillroom.storage.remote.cache import cached_files
 from stillroom.storage.remote.s3 import S3Settings, connect
 from stillroom.storage.store import open_store
+from tests.processes import COMMITTER, at_once
 from tests.s3_proxy import Mischief, proxy
 from tests.s3_server import ACCESS_KEY, BUCKET, READER_KEY, READER_SECRET, SECRET_KEY, S3Server
 from tests.strategies import named_receipt as receipt
@@ -244,38 +245,10 @@ def test_threads_that_commit_the_same_units_at_once(root: str) -> None:
     assert sorted(told) == sorted(ref.path for ref in CommitLog.open(root).refs().values())
 
 
-COMMITTER = """
-import sys
-from stillroom.storage.log import CommitLog
-from tests.strategies import named_receipt as receipt
-log, writer = CommitLog.open(sys.argv[1]), int(sys.argv[2])
-print("ready", flush=True)
-sys.stdin.readline()
-for number in range(4):
-    for done in log.commit([receipt(number, writer=writer)]):
-        print(done.shard.path)
-"""
-
-
 @pytest.mark.real
 def test_processes_that_commit_the_same_unit_at_once(root: str) -> None:
     CommitLog.create(root, SCHEMA)
-    writers = [
-        subprocess.Popen(
-            [sys.executable, "-c", COMMITTER, root, str(n)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[3],
-        )
-        for n in range(2)
-    ]  # fmt: skip
-    for writer in writers:
-        assert writer.stdout is not None
-        assert writer.stdout.readline() == "ready\n"
-    for writer in writers:
-        assert writer.stdin is not None
-        writer.stdin.write("go\n")
-        writer.stdin.flush()
-    told = [path for writer in writers for path in writer.communicate(timeout=60)[0].split()]
-    assert [writer.returncode for writer in writers] == [0, 0]
+    told = "".join(at_once(COMMITTER, [(root, writer, 4) for writer in range(2)])).split()
     assert len(told) == 4
     assert sorted(told) == sorted(ref.path for ref in CommitLog.open(root).refs().values())
 
