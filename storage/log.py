@@ -82,7 +82,7 @@ class CommitLog:
 
     def refs(self) -> Refs:
         """Committed shards by unit, as of now. Raises StoreError if the log cannot be read."""
-        return self._place.call("read the commit log of", self._named).once()
+        return self._reading(self._named).once()
 
     def require_whole(self) -> None:
         """Raises StoreError where the log does not name what its last commit says that it names.
@@ -91,7 +91,7 @@ class CommitLog:
         sees that anything is missing. Commits of other programs, and of older releases, say nothing, and then nothing
         is known.
         """
-        if self._place.call("read the commit log of", self._whole):
+        if self._reading(self._whole):
             return
         raise StoreError(
             f"commit log of {self._place.uri} names other shards than its last commit says, so an entry was damaged: "
@@ -109,17 +109,19 @@ class CommitLog:
 
     def records(self) -> dict[str, int | None]:
         """How many sequences each committed file has by the log, by path; None where it does not say."""
-        added = self._place.call("read the commit log of", self._added)
+        added = self._reading(self._added)
         return dict(zip(added["path"].to_pylist(), added["num_records"].to_pylist(), strict=True))
 
-    def _added(self) -> pa.Table:
+    def _reading(self, action: Callable[[], T]) -> T:
+        """All that is read of the log comes through here: entries are parsed when they are first looked at."""
         try:
-            self._table.update_incremental()
-            return pa.table(self._table.get_add_actions(flatten=True))
+            return self._place.call("read the commit log of", action)
         except (DeltaError, OSError) as error:
-            if self._place.connection is not None:
-                raise  # it may pass, and the caller tries again
             raise StoreError(_unreadable(self._place.uri, error)) from error
+
+    def _added(self) -> pa.Table:
+        self._table.update_incremental()
+        return pa.table(self._table.get_add_actions(flatten=True))
 
     def _named(self) -> Refs:
         added = self._added()

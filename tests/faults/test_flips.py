@@ -224,6 +224,16 @@ def test_an_action_that_is_another_is_told_when_read(
         open_store(store.uri).snapshot()
 
 
+def test_a_last_entry_of_an_unknown_kind_is_told_by_its_store(stores: list[Store], tmp_path: Path) -> None:
+    """delta-rs lists the shards all the same; it is when the last commit's words are read that it notices."""
+    store = open_store(str(shutil.copytree(stores[0].uri, tmp_path / "copy")))
+    last = max(Path(store.uri, "_delta_log").glob("*.json"))
+    last.write_text(last.read_text().replace('{"commitInfo"', '{"commitInvo"'))
+    with pytest.raises(StillroomError, match=f"commit log of {store.uri} cannot be read"):
+        list(open_store(store.uri).sequences())
+    assert _says_something(store)
+
+
 def test_a_commit_of_another_program_is_taken_as_it_is(stores: list[Store]) -> None:
     """It says nothing of what the log names: then nothing is known, and nothing is refused."""
     store = stores[0]
