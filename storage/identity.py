@@ -79,7 +79,7 @@ class Identity:
         return digest128(b"stillroom.identity.1", canonical_json(self.parts()))
 
     def to_json(self) -> str:
-        stated = {"id": self.id, "format": self.format, "teacher": self.teacher}
+        stated = {"id": self.id, "format": self.format, "teacher": self.teacher, "teacher_digest": _named(self.teacher)}
         return json.dumps(stated | self.parts(), indent=2) + "\n"
 
     @staticmethod
@@ -91,6 +91,9 @@ class Identity:
         except RecursionError:
             raise ValueError("it is nested too deep") from None
         stated = fields.pop("id")
+        # The id does not cover a name. Stores of before have no digest of it.
+        if (named := fields.pop("teacher_digest", None)) is not None and named != _named(fields["teacher"]):
+            raise IdentityMismatch(f"identity file is damaged: teacher {fields['teacher']!r} is not what was written")
         version = fields.setdefault("format", 1)  # which did not state it
         if version not in READABLE_FORMATS:
             raise FormatMismatch(f"the store is of format {version}, this release reads {READABLE_FORMATS}")
@@ -118,6 +121,10 @@ class Identity:
                 f"store {where} holds other numbers than this recipe asks for ({'; '.join(differing)}). "
                 "Restore the recipe's value, or give the new signal a store.path of its own."
             )
+
+
+def _named(teacher: Any) -> str:
+    return digest128(b"stillroom.teacher.1", str(teacher).encode())
 
 
 def _require_possible(identity: Identity) -> None:

@@ -255,6 +255,7 @@ class TestLies:
         signal = SignalSpec.from_dict(fields["signal"])
         stated = {**fields, "signal": signal}
         stated.pop("id")
+        stated.pop("teacher_digest")
         text = Identity(**stated).to_json()
         Path(store.uri, IDENTITY).write_text(text)
         require_refused(store.uri, "")

@@ -45,6 +45,23 @@ def test_json_and_back(identity: Identity, stated: str) -> None:
     assert json.loads(identity.to_json())["format"] == identity.format
 
 
+def test_a_bit_of_the_file_that_is_flipped_is_told_or_changes_nothing() -> None:
+    """All of them, also of the teacher's name, which is no part of the id."""
+    identity = tiny_identity()
+    data = bytearray(identity.to_json().encode())
+    silent = 0
+    for place in range(8 * len(data)):
+        data[place // 8] ^= 1 << place % 8
+        try:
+            found = Identity.from_json(data.decode())
+        except (FormatMismatch, IdentityMismatch, KeyError, TypeError, ValueError):
+            found = None
+        assert found in (None, identity), bytes(data)
+        silent += found is not None
+        data[place // 8] ^= 1 << place % 8
+    assert silent < len(data), "spaces that became other spaces"
+
+
 def test_a_file_without_a_format_is_of_format_1() -> None:
     """Release 1 did not write it; its k and gap_step stand in `signal` itself."""
     fields = _fields(IDS[0][0])
