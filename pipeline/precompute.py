@@ -49,30 +49,12 @@ def teach_command(recipe: Recipe, *, console: Console) -> dict[str, Any]:
     ledger = Ledger(recipe.run_dir / "ledger.jsonl")
     manifest = sources.manifest()
     store = found_store(recipe, sources, manifest, console)
-    taught = teach_all(recipe, manifest, store, sources, console, ledger=ledger)
+    taught = teach(recipe, manifest, store, sources, console, ledger=ledger)
     keep_fidelity(recipe, store, console)
     return taught.as_dict()
 
 
 def teach(
-    recipe: Recipe,
-    manifest: Manifest,
-    store: Store,
-    sources: Sources,
-    console: Console,
-    *,
-    ledger: Ledger,
-    on_behalf_of: str = "",
-) -> Taught:
-    """As `teach_all`; raises TeacherError, when all others are committed, if units could not be scored: what follows
-    needs the whole corpus."""
-    taught = teach_all(recipe, manifest, store, sources, console, ledger=ledger, on_behalf_of=on_behalf_of)
-    if taught.quarantined:
-        raise TeacherError(left_out(taught.quarantined, store.uri))
-    return taught
-
-
-def teach_all(
     recipe: Recipe,
     manifest: Manifest,
     store: Store,
@@ -88,7 +70,8 @@ def teach_all(
 
     ledger: gets a line at every commit. on_behalf_of: the student that the teaching is for.
 
-    Raises StoreFull, before or while teaching, if the rest would not fit; what the teacher raises.
+    Returns what was done, with the units left out: see `require_all_taught`. Raises StoreFull, before or while
+    teaching, if the rest would not fit; what the teacher raises.
     """
     keep_token_table(store.files, sources.tokenizer, store.identity.vocabulary)
     seed = recipe.students[0].seed if recipe.students else 0
@@ -106,6 +89,12 @@ def teach_all(
     batch = Batch(store, taught, ledger, on_behalf_of, TeachingAccount(store.files, recipe.name))
     _score(recipe, plan, manifest, store, sources, batch, console)
     return taught
+
+
+def require_all_taught(taught: Taught, store: Store) -> None:
+    """For what needs the whole corpus: raises TeacherError if units were left out."""
+    if taught.quarantined:
+        raise TeacherError(left_out(taught.quarantined, store.uri))
 
 
 def _score(

@@ -16,7 +16,7 @@ from stillroom.pipeline.evaluate import evaluate
 from stillroom.pipeline.fidelity import keep_fidelity, require_taught
 from stillroom.pipeline.founding import found_store
 from stillroom.pipeline.ledger import Ledger
-from stillroom.pipeline.precompute import teach
+from stillroom.pipeline.precompute import require_all_taught, teach
 from stillroom.pipeline.recipe import save_resolved
 from stillroom.pipeline.recipe.schema import Recipe
 from stillroom.pipeline.sources import Sources
@@ -41,7 +41,8 @@ def run_recipe(recipe: Recipe, *, console: Console) -> dict[str, Any]:
     students = []
 
     def teaching(on_behalf_of: str) -> None:
-        teach(recipe, manifest, store, sources, console, ledger=ledger, on_behalf_of=on_behalf_of)
+        taught = teach(recipe, manifest, store, sources, console, ledger=ledger, on_behalf_of=on_behalf_of)
+        require_all_taught(taught, store)
         keep_fidelity(recipe, store, console)
 
     for student in recipe.students:
