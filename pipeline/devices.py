@@ -6,7 +6,7 @@ Costs: torch is imported, if both could want a GPU.
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from stillroom.pipeline.cluster import address_of
@@ -26,13 +26,19 @@ def visible_gpus() -> list[str]:
     return [str(number) for number in range(count)] if named is None else named.split(",")[:count]
 
 
-def teachers_gpus(recipe: Recipe, student: StudentConfig, visible: list[str]) -> list[str] | None:
-    """The GPUs that are left to teachers beside this student; None where both cannot want the same one.
+def teachers_gpus(
+    recipe: Recipe, student: StudentConfig, look: Callable[[], list[str]] = visible_gpus
+) -> list[str] | None:
+    """The GPUs that are left to teachers beside this student; None where both cannot want the same one. look: gives
+    the GPUs of this process.
 
     Raises RecipeError if too few are left, or it cannot be told from here.
     """
     gpus = recipe.ray.actors * recipe.ray.gpus_per_actor
-    if recipe.teacher.device == "cpu" or not gpus or student.device in ("cpu", "mps") or not visible:
+    if recipe.teacher.device == "cpu" or not gpus or student.device in ("cpu", "mps"):
+        return None
+    visible = look()
+    if not visible:
         return None
     if address_of(recipe.ray) is not None:
         raise RecipeError(

@@ -21,7 +21,7 @@ from contextlib import suppress
 from typing import Any
 
 from stillroom.pipeline.console import Console, format_duration
-from stillroom.pipeline.devices import only_gpus, teachers_gpus, visible_gpus
+from stillroom.pipeline.devices import only_gpus, teachers_gpus
 from stillroom.pipeline.fidelity import require_supported
 from stillroom.pipeline.pinning import Follower, pin_open
 from stillroom.pipeline.plan import make_plan
@@ -62,7 +62,7 @@ def train_beside(
     plan = make_plan(manifest, store, unit_tokens=recipe.store.unit_tokens, seed=seed)
     path = None
     if plan.pending and not (folder / RESULT).exists():
-        gpus = teachers_gpus(recipe, student, _gpus_wanted(recipe, student))
+        gpus = teachers_gpus(recipe, student)
         path = pin_open(recipe, student, manifest, folder, store, {unit.id for unit in plan.pending})
     if path is None:
         teaching()
@@ -83,11 +83,6 @@ def train_beside(
         _complete(recipe, student, Follower(open_store(recipe.store.path), path), store)
     process.wait()
     return trained(recipe, job, console)
-
-
-def _gpus_wanted(recipe: Recipe, student: StudentConfig) -> list[str]:
-    cpu = recipe.teacher.device == "cpu" or not recipe.ray.gpus_per_actor or student.device in ("cpu", "mps")
-    return [] if cpu else visible_gpus()
 
 
 def _complete(recipe: Recipe, student: StudentConfig, follower: Follower, store: Store) -> None:
@@ -221,6 +216,8 @@ class Signs:
         self._files, self._patience_s = open_files(recipe.store.path), recipe.train.patience_s
         self._console, self._clock = console, clock
         self._last, self._said = clock(), False
+        self._trouble = ""
+        self._body: bytes | None = None
         self._body = self._read()
 
     def require_life(self, *, news: bool, missing: list[str]) -> None:
@@ -241,13 +238,13 @@ class Signs:
             limit = "for ever" if self._patience_s is None else f"for {format_duration(self._patience_s)} in all"
             self._console.notice(
                 f"train: no sign of teachers at {self._files.uri} for {format_duration(quiet)} "
-                f"(state: {self._state().get('state', 'none')}); waiting {limit} (train.patience_s)"
+                f"(state: {self._state().get('state', 'none')}{self._trouble}); waiting {limit} (train.patience_s)"
             )
         if self._patience_s is not None and quiet >= self._patience_s:
             raise TeacherError(
                 f"nobody has taught at {self._files.uri} for {format_duration(quiet)} (train.patience_s), and "
                 f"{len(missing) or 'all'} units are waited for: run `stillroom teach` on this recipe; the same command "
-                "goes on from the student's checkpoint"
+                f"goes on from the student's checkpoint{self._trouble}"
             )
 
     def _require_not_left_out(self, missing: list[str]) -> None:
@@ -268,7 +265,9 @@ class Signs:
         return state
 
     def _read(self) -> bytes | None:
+        self._trouble = ""
         try:
             return self._files.read(PROGRESS) if self._files.exists(PROGRESS) else None
-        except StillroomError:
-            return None
+        except StillroomError as error:  # it may pass; the patience is for that, too
+            self._trouble = f"; the store cannot be read: {error}"
+            return self._body  # which is no sign of life

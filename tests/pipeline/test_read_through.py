@@ -31,7 +31,7 @@ def recipe_of(folder: Path, *, device: str = "auto", gpus: float = 1, actors: in
 
 
 def left(recipe: Recipe, *visible: str) -> list[str] | None:
-    return teachers_gpus(recipe, recipe.students[0], list(visible))
+    return teachers_gpus(recipe, recipe.students[0], lambda: list(visible))
 
 
 def test_teachers_get_the_gpus_that_the_student_does_not(tmp_path: Path) -> None:
@@ -113,6 +113,19 @@ def test_commits_and_the_progress_file_are_signs_of_life(tmp_path: Path) -> None
     signs.require_life(news=False, missing=["u"])
     clock.now += 1
     with pytest.raises(TeacherError, match=r"nobody has taught at .* for 1 min 40 s .* 1 units are waited for"):
+        signs.require_life(news=False, missing=["u"])
+
+
+def test_a_store_that_cannot_be_read_is_no_sign_of_life_and_is_told(tmp_path: Path) -> None:
+    signs, clock, path = signs_of(tmp_path, patience_s=100)
+    path.write_text(json.dumps({"state": "teaching"}))
+    signs.require_life(news=False, missing=["u"])
+    path.unlink()
+    path.mkdir()  # nobody can read a folder as a file, not even root
+    clock.now = 99
+    signs.require_life(news=False, missing=["u"])
+    clock.now = 100
+    with pytest.raises(TeacherError, match="nobody has taught .*; the store cannot be read: .*Is a directory"):
         signs.require_life(news=False, missing=["u"])
 
 
