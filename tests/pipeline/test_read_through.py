@@ -125,7 +125,7 @@ def test_a_store_that_cannot_be_read_is_no_sign_of_life_and_is_told(tmp_path: Pa
     clock.now = 99
     signs.require_life(news=False, missing=["u"])
     clock.now = 100
-    with pytest.raises(TeacherError, match="nobody has taught .*; the store cannot be read: .*Is a directory"):
+    with pytest.raises(TeacherError, match=r"nobody has taught .*; the store cannot be read: .*Is a directory"):
         signs.require_life(news=False, missing=["u"])
 
 
