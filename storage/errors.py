@@ -93,3 +93,11 @@ class PackingUnsafe(StudentError):
 
 class NonFiniteLoss(StudentError):
     """The loss is NaN or infinite."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what another library raised, for a message of ours; its type's name if it says nothing.
+
+    Without the quotes that a KeyError puts around its text.
+    """
+    return (str(error).strip() or type(error).__name__).splitlines()[0].strip("'\"")

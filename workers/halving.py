@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import torch
 
-from stillroom.storage.errors import TeacherError
+from stillroom.storage.errors import TeacherError, first_line
 
 Result = TypeVar("Result")
 
@@ -31,7 +31,7 @@ def in_halves(group: Seq[int], score: Callable[[Seq[int]], Result]) -> Iterator[
             raise
         if len(group) == 1:
             raise TeacherError(
-                f"out of memory with one sequence in the batch ({_first_line(error)}): lower corpus.window, "
+                f"out of memory with one sequence in the batch ({first_line(error)}): lower corpus.window, "
                 "teacher.slice_positions or the teacher's dtype, or give it a larger device"
             ) from error
     else:
@@ -47,7 +47,3 @@ def in_halves(group: Seq[int], score: Callable[[Seq[int]], Result]) -> Iterator[
 
 def _out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -16,7 +16,7 @@ import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 
-from stillroom.storage.errors import TeacherError
+from stillroom.storage.errors import TeacherError, first_line
 from stillroom.storage.remote.cache import cache_folder as cache_folder
 from stillroom.workers.dequantise import dequantised
 from stillroom.workers.digests import weight_files
@@ -56,7 +56,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
                 folder, local_files_only=True, trust_remote_code=trust_remote_code
             )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise TeacherError(f"{folder} has no tokenizer that transformers can load: {_first_line(error)}") from error
+        raise TeacherError(f"{folder} has no tokenizer that transformers can load: {first_line(error)}") from error
     if not tokenizer.is_fast:
         raise TeacherError(
             f"{folder} has a slow tokenizer ({type(tokenizer).__name__}), expected one with tokenizer.json; "
@@ -76,7 +76,7 @@ def positions_of(folder: Path, *, trust_remote_code: bool = False) -> int | None
                 folder, local_files_only=True, trust_remote_code=trust_remote_code
             )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise TeacherError(f"{folder} has a config.json that transformers cannot use: {_first_line(error)}") from error
+        raise TeacherError(f"{folder} has a config.json that transformers cannot use: {first_line(error)}") from error
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     return None if limit is None else int(limit)
 
@@ -126,11 +126,7 @@ def _from_hub(reference: str) -> Path:
     except OSError as error:  # every error of the hub is one, a missing network and a missing repository alike
         raise TeacherError(
             f"teacher {reference} is neither a folder here nor in the hub's cache, and could not be fetched "
-            f"({_first_line(error)}); check the name, or fetch it where there is a network and give the folder"
+            f"({first_line(error)}); check the name, or fetch it where there is a network and give the folder"
         ) from error
     weight_files(folder)
     return folder
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].strip("'\"")

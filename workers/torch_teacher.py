@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from stillroom.storage.codecs.sampled import position_keys
 from stillroom.storage.codecs.tail import tail_lse_at
 from stillroom.storage.codecs.topk import nucleus
-from stillroom.storage.errors import BadLogits, TeacherError
+from stillroom.storage.errors import BadLogits, TeacherError, first_line
 from stillroom.storage.records import Float32, Sequence, Signal, SignalSpec
 from stillroom.workers import batching
 from stillroom.workers.digests import hidden_width, identity_parts
@@ -286,7 +286,7 @@ def _load(spec: TeacherSpec, device: torch.device) -> Any:
             )
             model = model.to(device).eval()
     except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise TeacherError(f"cannot load teacher {spec.folder}: {_first_line(error)}") from error
+        raise TeacherError(f"cannot load teacher {spec.folder}: {first_line(error)}") from error
     missing = sorted([*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])])
     if missing:
         raise TeacherError(
@@ -333,7 +333,3 @@ def _pad(sequences: Seq[np.ndarray[Any, Any]]) -> tuple[Tensor, Tensor | None]:
     if int(lengths_B.min()) == ids_BT.shape[1]:
         return ids_BT, None
     return ids_BT, (torch.arange(ids_BT.shape[1]) < lengths_B[:, None]).long()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from stillroom.pipeline.student.config import ModelConfig
 from stillroom.pipeline.student.cut import build_cut, layers_of
-from stillroom.storage.errors import StudentError, TokenizerMismatch
+from stillroom.storage.errors import StudentError, TokenizerMismatch, first_line
 from stillroom.storage.identity import tokenizer_digest
 
 
@@ -22,7 +22,7 @@ def load_tokenizer(source: str | Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise StudentError(f"no tokenizer can be loaded from {source}: {_first_line(error)}") from error
+        raise StudentError(f"no tokenizer can be loaded from {source}: {first_line(error)}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise StudentError(f"the tokenizer at {source} is not a fast one; what its ids mean cannot be compared")
     return tokenizer
@@ -109,7 +109,7 @@ def _load_config(source: str | Path) -> Any:
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise StudentError(f"no model config can be loaded from {source}: {_first_line(error)}") from error
+        raise StudentError(f"no model config can be loaded from {source}: {first_line(error)}") from error
 
 
 def _load(source: str) -> tuple[Any, dict[str, Any]]:
@@ -118,7 +118,7 @@ def _load(source: str) -> tuple[Any, dict[str, Any]]:
             source, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
-        raise StudentError(f"the student cannot be loaded from {source}: {_first_line(error)}") from error
+        raise StudentError(f"the student cannot be loaded from {source}: {first_line(error)}") from error
     return model, info
 
 
@@ -131,7 +131,3 @@ def _require_complete(info: dict[str, Any], source: str | Path) -> None:
                 f"the weights from {source} do not fill the student: {what.replace('_', ' ')} {', '.join(names[:3])}"
                 f"{' …' if len(names) > 3 else ''} ({len(names)} in all)"
             )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
