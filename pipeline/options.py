@@ -6,6 +6,7 @@ decoding the pilot once per choice, and the fidelity of a few dozen positions.
 """
 
 import tempfile
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -109,6 +110,20 @@ def candidates(asked: SignalSpec, *, vocabulary: int, width: int, hidden: bool) 
     return list(dict.fromkeys(found))
 
 
+def price_all(
+    pilot: Pilot, specs: Seq[SignalSpec], temperatures: Seq[float], priced: Callable[[], None] = lambda: None
+) -> list[Option]:
+    """Each spec's option. Packed and plain hold the same numbers, measured once. priced: called after each."""
+    measured: dict[SignalSpec, tuple[Measured, ...]] = {}
+    options = []
+    for spec in specs:
+        content = replace(spec, topk=replace(spec.topk, layout="plain")) if spec.topk else spec
+        options.append(price(pilot, spec, temperatures, rows=measured.get(content)))
+        measured.setdefault(content, options[-1].rows)
+        priced()
+    return options
+
+
 def most(specs: Seq[SignalSpec], *, vocabulary: int) -> SignalSpec:
     """What a pilot must score for all of them: exact, the codecs round."""
     kept = max((s.topk.k for s in specs if s.topk), default=min(64, vocabulary - 1))
@@ -117,8 +132,13 @@ def most(specs: Seq[SignalSpec], *, vocabulary: int) -> SignalSpec:
     return SignalSpec(TopKSpec(kept, None), sampled, HiddenSpec(hidden.width, "bfloat16") if hidden else None)
 
 
-def price(pilot: Pilot, spec: SignalSpec, temperatures: Seq[float]) -> Option:
-    """Write the pilot as this spec says, read it back, and hold it against the truth."""
+def price(
+    pilot: Pilot, spec: SignalSpec, temperatures: Seq[float], *, rows: tuple[Measured, ...] | None = None
+) -> Option:
+    """Write the pilot as this spec says, read it back, and hold it against the truth.
+
+    rows: what was measured of the same numbers in another layout; then it is only written.
+    """
     with tempfile.TemporaryDirectory(prefix="stillroom-plan-") as folder:
         files = LocalFiles(Path(folder))
         if spec.hidden:
@@ -130,10 +150,11 @@ def price(pilot: Pilot, spec: SignalSpec, temperatures: Seq[float]) -> Option:
         identity = Identity(**{**vars(pilot.identity), "signal": spec})
         blocks = [cut(signal, spec, pilot.identity.vocabulary) for signal in pilot.signals]
         ref = write_shard(files, identity, unit_of(pilot.sequences), pilot.sequences, blocks, {})
-        fidelity = _fidelity(pilot, ShardReader(files, ref, identity), files, identity, temperatures)
+        if rows is None:
+            rows = _fidelity(pilot, ShardReader(files, ref, identity), files, identity, temperatures).rows
     tier = next(part for part in ("hidden", "topk", "sampled") if getattr(spec, part))
     tokens = sum(len(s.input_ids) for s in pilot.sequences)
-    return Option(spec, ref.size_bytes / tokens, tuple(row for row in fidelity.rows if row.tier == tier))
+    return Option(spec, ref.size_bytes / tokens, tuple(row for row in rows if row.tier == tier))
 
 
 def unit_of(sequences: Seq[Sequence]) -> Unit:

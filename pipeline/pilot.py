@@ -20,7 +20,7 @@ from stillroom.pipeline.options import (
     candidates,
     cheapest,
     most,
-    price,
+    price_all,
     side_bytes,
     side_of,
     unit_of,
@@ -76,10 +76,7 @@ def estimate(recipe: Recipe, plan: Plan, manifest: Manifest, sources: Sources, c
     calibrations = _calibrations(head[1], scored.signals) if head else {}
     pilot = Pilot(identity, sequences, scored.signals, scored.truth, positions, kept, calibrations)
     with console.progress(len(specs), "choices", label="plan") as progress:
-        options = []
-        for spec in specs:
-            options.append(price(pilot, spec, temperatures))
-            progress.advance(1)
+        options = price_all(pilot, specs, temperatures, lambda: progress.advance(1))
     side = side_bytes(pilot)
     if side:
         options = [with_side(option, identity.signal, side) for option in options]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stillroom.pipeline.options import KEPT, Option, Pilot, candidates, cheapest, cut, most, price, unit_of
+from stillroom.pipeline.options import KEPT, Option, Pilot, candidates, cheapest, cut, most, price, price_all, unit_of
 from stillroom.storage.calibration import head_path
 from stillroom.storage.codecs.tail import tail_lse_at
 from stillroom.storage.fidelity.bound import Bound
@@ -129,6 +129,18 @@ class TestPrice:
             assert a.gradient_angle_deg > b.gradient_angle_deg
             assert a.retained_mass < b.retained_mass
             assert a.positions == 24
+
+    def test_what_is_priced_together_is_what_is_priced_alone(self, pilot: Pilot) -> None:
+        specs = [SignalSpec(TopKSpec(k, layout=layout)) for k in (4, 32) for layout in ("plain", "packed")]
+        told: list[int] = []
+        together = price_all(pilot, specs, [1.0, 4.0], lambda: told.append(1))
+        assert len(told) == len(specs)
+        for spec, option in zip(specs, together, strict=True):
+            alone = price(pilot, spec, [1.0, 4.0])
+            assert (option.spec, option.bytes_per_token) == (alone.spec, alone.bytes_per_token)
+            for one, other in zip(option.rows, alone.rows, strict=True):
+                assert one.temperature == other.temperature
+                assert one.gradient_angle_deg == pytest.approx(other.gradient_angle_deg, rel=1e-9)
 
     def test_the_packed_layout_is_smaller_and_says_the_same(self, pilot: Pilot) -> None:
         plain, packed = (price(pilot, SignalSpec(TopKSpec(32, layout=a)), [1.0]) for a in ("plain", "packed"))
