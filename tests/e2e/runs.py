@@ -31,7 +31,9 @@ from stillroom.storage.store import Store, open_store
 from stillroom.workers.actor import TeacherActor
 from tests.tiny import WORDS, tiny_teacher
 
-PATIENCE_S = 120.0
+#: After which something hangs. A run for three students is 14 processes that import torch: 62 s on a good day of two
+#: cores, 120 s with a cold disk cache.
+PATIENCE_S = 300.0
 
 
 def sentences(seed: int, documents: int, words: int = 40) -> list[str]:
@@ -109,7 +111,11 @@ class Setup:
     def run(self, command: str = "run", *overrides: str, code: int = 0) -> str:
         """Run to the end; returns what was printed, after checking the exit code."""
         process = self.start(command, *overrides)
-        printed, _ = process.communicate(timeout=PATIENCE_S)
+        try:
+            printed, _ = process.communicate(timeout=PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            kill_group(process)  # else the next tests fail for what is left of it
+            raise
         assert process.returncode == code, printed
         return printed
 

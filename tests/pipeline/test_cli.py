@@ -225,8 +225,7 @@ class TestProcess:
         process = subprocess.Popen([*self.COMMAND, "run", "pipe.yaml"], stderr=subprocess.PIPE, text=True)
         with Path("pipe.yaml").open("w"):  # opens when the process has opened it to read, and waits there
             process.send_signal(signal.SIGINT)
-        # Closed: a signal that came between Python's look for signals and the read is seen when that returns.
-        _, err = process.communicate(timeout=60)
+            _, err = process.communicate(timeout=60)
         assert process.returncode == 130
         assert err == "stillroom: interrupted; the same command continues where it stopped\n"
 

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -67,13 +66,6 @@ class TestLedger:
 
 
 class TestSignals:
-    @pytest.fixture(autouse=True)
-    def _as_in_the_foreground(self) -> Iterator[None]:
-        """A shell starts background jobs with SIGINT ignored, and Python leaves that as it is."""
-        before = signal.signal(signal.SIGINT, signal.default_int_handler)
-        yield
-        signal.signal(signal.SIGINT, before)
-
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
     def test_one_waits_for_the_end_of_the_block(self, number: signal.Signals) -> None:
         done = []
