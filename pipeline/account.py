@@ -11,13 +11,13 @@ from uuid import uuid4
 
 from stillroom.pipeline.console import Console
 from stillroom.pipeline.student.bindings import RESULT, read_result
-from stillroom.pipeline.student.config import StudentJob, teaching_part
+from stillroom.pipeline.student.config import StudentConfig, StudentJob, teaching_part
 from stillroom.storage.catalog.uses import TaughtRun, Use, has_use, record_taught, record_use, utc_now, utc_of
 from stillroom.storage.errors import StillroomError
 from stillroom.storage.files import Files, open_files
 from stillroom.storage.identity import Identity
 from stillroom.storage.manifest import Manifest
-from stillroom.storage.records import Receipt, digest128
+from stillroom.storage.records import Receipt, SignalSpec, digest128
 from stillroom.storage.snapshot import Snapshot
 from stillroom.storage.store import IDENTITY
 
@@ -68,7 +68,7 @@ def enter_use(store: str, run: str, job: StudentJob, console: Console) -> bool:
     key is the digest of the result's bytes. A student of hard labels used no teacher. A store that cannot be written,
     such as one for which there are only a reader's keys, costs a notice and not the student.
     """
-    if job.snapshot is None or job.student.losses.alpha == 0:
+    if job.snapshot is None or not job.student.taught:
         return False
     path = job.run_dir / RESULT
     key = digest128(b"stillroom.use.1", path.read_bytes())
@@ -85,6 +85,12 @@ def enter_use(store: str, run: str, job: StudentJob, console: Console) -> bool:
         return False
 
 
+def _taught_by(student: StudentConfig, signal: SignalSpec) -> str:
+    if student.distils:
+        return teaching_part(student.losses.signal, signal)
+    return " + ".join(sorted({name for features in student.all_features() for name in features.parts()}))
+
+
 def _use(run: str, job: StudentJob, snapshot: Snapshot, result: dict[str, Any], finished_at: str) -> Use:
     index = Manifest.open(job.manifest).index()
     training = ~index.heldout
@@ -93,8 +99,9 @@ def _use(run: str, job: StudentJob, snapshot: Snapshot, result: dict[str, Any], 
         student=job.student.name,
         run=run,
         finished_at=finished_at,
-        signal=teaching_part(job.student.losses.signal, snapshot.identity.signal),
-        temperature=job.student.losses.temperature,
+        signal=_taught_by(job.student, snapshot.identity.signal),
+        # Of a schedule the highest.
+        temperature=max(job.student.temperatures(), default=1.0),
         sequences=int(training.sum()),
         tokens=result["tokens"],
         trained_positions=result["trained_positions"],

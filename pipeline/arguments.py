@@ -13,6 +13,7 @@ a recipe's values can be overridden:  stillroom run recipe.yaml signal.topk.k=32
 RECIPE_COMMANDS = {
     "run": "run a whole recipe; continues where it stopped",
     "plan": "read the corpus and plan the teacher's work, with its cost; teaches nothing",
+    "generate": "have the teacher answer prompts, and judge what it wrote; continues where it stopped",
     "teach": "plan, then run the teacher on what the store does not hold yet",
     "train": "train the students from the store; needs no teacher",
     "evaluate": "measure teacher and students on the held-out documents",

@@ -64,7 +64,7 @@ def _recipe_command(arguments: Namespace, console: Console) -> tuple[Result, int
     from stillroom.pipeline.recipe import load_recipe, notices
 
     # train and evaluate work from the store; corpus and teacher may be gone by then
-    files = arguments.command in ("run", "plan", "teach")
+    files = arguments.command in ("run", "plan", "generate", "teach")
     recipe = load_recipe(arguments.recipe, arguments.overrides, files=files)
     for notice in notices(recipe):
         console.notice(notice)
@@ -74,7 +74,8 @@ def _recipe_command(arguments: Namespace, console: Console) -> tuple[Result, int
     if result.get("quarantined"):  # of `teach`: all that could be committed is
         from stillroom.pipeline.quarantine import left_out
 
-        print(f"stillroom: error: {left_out(result['quarantined'], recipe.store.path)}", file=sys.stderr)
+        store = result.get("store", recipe.store.path)
+        print(f"stillroom: error: {left_out(result['quarantined'], store)}", file=sys.stderr)
         return result, 1
     return result, 0
 
@@ -90,6 +91,10 @@ def _stage(command: str) -> Callable[..., Result]:
             from stillroom.pipeline.plan import plan_command
 
             return plan_command
+        case "generate":
+            from stillroom.pipeline.generate import generate_command
+
+            return generate_command
         case "teach":
             from stillroom.pipeline.precompute import teach_command
 

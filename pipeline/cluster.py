@@ -12,18 +12,18 @@ import os
 import secrets
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import ray
 from ray._private import ray_constants
 from ray.exceptions import RayError
-from ray.util.placement_group import placement_group
+from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from stillroom.pipeline.process import uninterrupted
-from stillroom.pipeline.recipe.schema import RayConfig
+from stillroom.pipeline.recipe.teacher_schema import RayConfig
 from stillroom.pipeline.ship import came_with_job, package_folder
 from stillroom.storage.errors import StillroomError, TeacherError
 
@@ -32,8 +32,8 @@ JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 
 @contextmanager
-def session(config: RayConfig) -> Iterator[None]:
-    """A connection to the recipe's cluster, or a local Ray that ends with the block.
+def session(config: RayConfig, *, ranks: int = 1) -> Iterator[None]:
+    """A connection to the recipe's cluster, or a local Ray that ends with the block. ranks: processes of one teacher.
 
     Raises TeacherError if the cluster cannot be joined, or the local machine has less than the actors ask for.
     """
@@ -47,8 +47,8 @@ def session(config: RayConfig) -> Iterator[None]:
         # Its own address: a RAY_ADDRESS or another local Ray must not be joined by surprise.
         options |= {
             "address": "local",
-            "num_cpus": max(1, math.ceil(config.actors * config.cpus_per_actor)),
-            "resources": {name: config.actors * each for name, each in config.resources.items()},
+            "num_cpus": max(1, math.ceil(config.actors * ranks * config.cpus_per_actor)),
+            "resources": {name: config.actors * ranks * each for name, each in config.resources.items()},
             "include_dashboard": config.dashboard,
             "_node_ip_address": "127.0.0.1",
         }
@@ -60,7 +60,7 @@ def session(config: RayConfig) -> Iterator[None]:
             meanwhile.enter_context(_loopback())
         _connect(options | (meanwhile.enter_context(shipping()) if ship else {}))
     try:
-        _require_resources(config)
+        _require_resources(config, ranks)
         yield
     finally:
         with uninterrupted():  # half a shutdown leaves processes behind
@@ -96,19 +96,45 @@ def address_of(config: RayConfig) -> str | None:
     return config.address
 
 
-def actor_options(config: RayConfig) -> dict[str, Any]:
-    """What each actor asks of the cluster, as `ray.remote` takes it. Needs a session; a placement group that it makes
-    ends with it."""
-    options: dict[str, Any] = {"num_cpus": config.cpus_per_actor, "num_gpus": config.gpus_per_actor}
-    options["resources"] = dict(config.resources)
-    if config.placement == "spread":
-        options["scheduling_strategy"] = "SPREAD"
-    elif config.placement == "pack":
+class Actors:
+    """Teacher actors as the recipe asks for them. Needs a session.
+
+    create: `ray.remote`'s options → a new actor. ranks: processes of one teacher, each with the resources of an actor;
+    they get a placement group of their own, which ends with the actor.
+    """
+
+    def __init__(self, create: Callable[..., Any], config: RayConfig, *, ranks: int = 1) -> None:
+        self._create, self._config, self._ranks = create, config, ranks
+        self._options: dict[str, Any] = {"num_cpus": config.cpus_per_actor, "num_gpus": config.gpus_per_actor}
+        self._options["resources"] = dict(config.resources)
+        self._groups: dict[Any, Any] = {}
+        if config.placement == "spread":
+            self._options["scheduling_strategy"] = "SPREAD"
+        elif config.placement == "pack":
+            self._options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(self._group(config.actors))
+
+    def make(self) -> Any:
+        """Another actor; of a teacher of several ranks the first, which starts the others in its placement group."""
+        if self._ranks == 1:
+            return self._create(**self._options)
+        group = self._group(self._ranks)
+        strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0)
+        actor = self._create(**self._options | {"scheduling_strategy": strategy})
+        self._groups[actor] = group
+        return actor
+
+    def end(self, actor: Any) -> None:
+        """Kill it, also out of reach; what it held is free for the next."""
+        ray.kill(actor, no_restart=True)
+        group = self._groups.pop(actor, None)
+        if group is not None:
+            remove_placement_group(group)
+
+    def _group(self, bundles: int) -> Any:
+        config = self._config
         each = {"CPU": config.cpus_per_actor, "GPU": config.gpus_per_actor, **config.resources}
         bundle = {name: amount for name, amount in each.items() if amount}
-        group = placement_group([bundle] * config.actors, strategy="PACK")
-        options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(placement_group=group)
-    return options
+        return placement_group([bundle] * bundles, strategy="PACK")
 
 
 def _connect(options: dict[str, Any]) -> None:
@@ -131,25 +157,28 @@ def _connect(options: dict[str, Any]) -> None:
             signal.signal(signal.SIGTERM, handler)
 
 
-def _require_resources(config: RayConfig) -> None:
+def _require_resources(config: RayConfig, ranks: int) -> None:
     """Ray lets an actor that nothing can hold wait for ever. A cluster may grow, a local Ray does not."""
     held = ray.cluster_resources()
     for name, each in (("GPU", config.gpus_per_actor), ("CPU", config.cpus_per_actor)):
-        if address_of(config) is None and config.actors * each > held.get(name, 0):
+        needed = config.actors * ranks * each
+        if address_of(config) is None and needed > held.get(name, 0):
+            of_each = f"{ranks} ranks with {each:g} {name}s" if ranks > 1 else f"{each:g} {name}s"
             raise TeacherError(
-                f"{config.actors} actors with {each:g} {name}s each need {config.actors * each:g}, this machine has "
+                f"{config.actors} actors with {of_each} each need {needed:g}, this machine has "
                 f"{held.get(name, 0):g}: lower ray.actors or ray.{name.lower()}s_per_actor"
             )
 
 
-def ask(actor: Any, method: str, *arguments: Any) -> Any:
-    """One actor's answer to one call; the actor is ended. Raises what it raised on purpose, TeacherError else."""
+def ask(actors: Actors, method: str, *arguments: Any) -> Any:
+    """One new actor's answer to one call; it is ended. Raises what it raised on purpose, TeacherError else."""
+    actor = actors.make()
     try:
         return ray.get(getattr(actor, method).remote(*arguments))
     except RayError as error:
         raise cause_of(error) from error
     finally:
-        ray.kill(actor, no_restart=True)
+        actors.end(actor)
 
 
 def cause_of(error: Exception, what: str = "") -> StillroomError:

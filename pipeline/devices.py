@@ -34,7 +34,7 @@ def teachers_gpus(
 
     Raises RecipeError if too few are left, or it cannot be told from here.
     """
-    gpus = recipe.ray.actors * recipe.ray.gpus_per_actor
+    gpus = recipe.ray.actors * recipe.teacher.ranks * recipe.ray.gpus_per_actor
     if recipe.teacher.device == "cpu" or not gpus or student.device in ("cpu", "mps"):
         return None
     visible = look()
@@ -51,8 +51,8 @@ def teachers_gpus(
     if math.ceil(gpus) > len(left):
         raise RecipeError(
             f"train.read_through: student {student.name} takes GPU {own} of {len(visible)}, which leaves {len(left)} "
-            f"for teachers that ask for {gpus:g} (ray.actors × ray.gpus_per_actor): they never share one; lower these, "
-            "set the student's device to cpu, or set train.read_through to false"
+            f"for teachers that ask for {gpus:g} (ray.actors × teacher.ranks × ray.gpus_per_actor): they never share "
+            "one; lower these, set the student's device to cpu, or set train.read_through to false"
         )
     return left
 

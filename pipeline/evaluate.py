@@ -46,7 +46,8 @@ def evaluate(recipe: Recipe, console: Console) -> dict[str, Any]:
             continue
         measured = _measure(recipe, Path(result["export"]), student.name, console)
         after = result["after"] or {}
-        models.append({"name": student.name, **measured, "kl": after.get("kl"), "top1": after.get("top1")})
+        of_teacher = {key: after.get(key) for key in ("kl", "top1", "top5", "teacher_mass", "student_mass")}
+        models.append({"name": student.name, **measured, **of_teacher})
     if not models and recipe.students:
         raise StillroomError(f"no student in {recipe.run_dir} is trained: run `stillroom train` on this recipe first")
     evaluation = {"models": models}

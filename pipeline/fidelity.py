@@ -13,7 +13,8 @@ import numpy as np
 
 from stillroom.pipeline.console import Console
 from stillroom.pipeline.recipe.schema import Recipe
-from stillroom.pipeline.student.config import StudentConfig, teaching_part
+from stillroom.pipeline.student.config import StudentConfig, require_determined, teaching_part
+from stillroom.pipeline.student.features.maps import require_held
 from stillroom.storage.catalog.stores import FIDELITY, kept_fidelity
 from stillroom.storage.catalog.uses import seal
 from stillroom.storage.errors import CorruptShard, IdentityMismatch, UnsupportedSignal
@@ -31,7 +32,7 @@ Rebuild = Callable[[Signal, float], Float32]
 
 def keep_fidelity(recipe: Recipe, store: Store, console: Console) -> None:
     """Measure a store at the usual temperatures and at those of the recipe's students, and keep the numbers in it."""
-    asked = {student.losses.temperature for student in recipe.students if student.losses.alpha > 0}
+    asked = {t for student in recipe.students for t in student.temperatures(TEMPERATURES)}
     keep_measured(store, sorted({*TEMPERATURES, *asked}), console)
 
 
@@ -72,9 +73,14 @@ def _kept(store: Store, console: Console) -> dict[str, Any] | None:
 def require_taught(student: StudentConfig, signal: SignalSpec, *, where: str) -> None:
     """Raises UnsupportedSignal if no part of the signal can teach this student, whatever would be measured: said before
     the teacher has worked for it. where: the store, for the message."""
-    if student.losses.alpha > 0:
+    for features in student.all_features():
+        require_held(features, signal)
+    if student.distils:
         part = teaching_part(student.losses.signal, signal)
-        supports(None, part, student.losses.temperature, Bound(), where=where)
+        for losses in student.all_losses():
+            require_determined(losses, part)
+        for temperature in student.temperatures():
+            supports(None, part, temperature, Bound(), where=where)
 
 
 def require_described(recipe: Recipe, store: Store) -> None:
@@ -116,15 +122,17 @@ def require_supported(recipe: Recipe, student: StudentConfig, store: Store) -> N
 
 def _require_supported(recipe: Recipe, student: StudentConfig, store: Store) -> None:
     require_taught(student, store.identity.signal, where=store.uri)
-    if student.losses.alpha == 0 or recipe.fidelity.positions == 0:
+    if not student.distils or recipe.fidelity.positions == 0:
         return
-    temperature = student.losses.temperature
+    # A schedule passes through all between its ends: these, and what is usually measured among them.
+    temperatures = student.temperatures(TEMPERATURES)
     part = teaching_part(student.losses.signal, store.identity.signal)
     bound = Bound(recipe.fidelity.max_gradient_angle_deg, recipe.fidelity.max_kl_added)
     if bound == Bound() and part != "sampled":
         return
-    fidelity, _ = measure_store(store, sorted({*TEMPERATURES, temperature}))
-    supports(fidelity, part, temperature, bound, where=store.uri)
+    fidelity, _ = measure_store(store, sorted({*TEMPERATURES, *temperatures}))
+    for temperature in temperatures:
+        supports(fidelity, part, temperature, bound, where=store.uri)
 
 
 def before_and_after(source: str, destination: str, console: Console) -> list[dict[str, Any]]:

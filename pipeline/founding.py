@@ -30,7 +30,7 @@ def found_store(recipe: Recipe, sources: Sources, manifest: Manifest, console: C
     that it cannot read, and StoreFull."""
     if recipe.signal.hidden is None or sources.store_if_founded() is not None:
         return sources.store()
-    from stillroom.pipeline.cluster import ask, session
+    from stillroom.pipeline.cluster import Actors, ask, session
     from stillroom.workers.actor import remote_actor
 
     sources.require_length(int(manifest.index().tokens.max()))
@@ -39,14 +39,15 @@ def found_store(recipe: Recipe, sources: Sources, manifest: Manifest, console: C
     console.info(
         f"teach: founding the store: the output head, and the steps of its {recipe.signal.hidden.dtype} channels"
     )
-    options = {
-        "num_cpus": recipe.ray.cpus_per_actor,
-        "num_gpus": recipe.ray.gpus_per_actor,
-        "resources": dict(recipe.ray.resources),
-    }
-    with session(recipe.ray):
-        actor: Any = remote_actor(**options).remote(sources.teacher_spec(), sources.identity(), recipe.store.path)
-        calibration = ask(actor, "found", sample)
+    spec, identity = sources.teacher_spec(), sources.identity()
+
+    def create(**options: Any) -> Any:
+        return remote_actor(**options).remote(spec, identity, recipe.store.path)
+
+    # One actor is enough, and must not wait for the room that all of them want.
+    alone = recipe.ray.model_copy(update={"actors": 1})
+    with session(recipe.ray, ranks=spec.ranks):
+        calibration = ask(Actors(create, alone, ranks=spec.ranks), "found", sample)
     return sources.store(calibration=calibration or None)
 
 

@@ -54,7 +54,7 @@ def estimate(recipe: Recipe, plan: Plan, manifest: Manifest, sources: Sources, c
     console.info(f"plan: a pilot of {tokens:,} tokens")
     teacher = TorchTeacher(sources.teacher_spec())
     identity = sources.identity()
-    wanted = sorted({s.losses.temperature for s in recipe.students if s.losses.alpha > 0}) or [1.0]
+    wanted = sorted({t for s in recipe.students for t in s.temperatures(TEMPERATURES)}) or [1.0]
     temperatures = sorted({*TEMPERATURES, *wanted})
     head = _head(teacher, console, needed=identity.signal.hidden is not None)
     specs = candidates(

@@ -37,7 +37,7 @@ def pinned(recipe: Recipe, student: StudentConfig, manifest: Manifest, folder: P
     path, files = folder / SNAPSHOT, open_files(recipe.store.path)
     stated = {"manifest": manifest.digest, "store": files.uri}
     held = _note(folder)
-    unchecked = student.losses.alpha > 0 and not (folder / RESULT).exists()
+    unchecked = student.taught and not (folder / RESULT).exists()
     store = open_store(recipe.store.path) if files.exists(IDENTITY) else None
     if unchecked and store:
         require_described(recipe, store)
@@ -50,7 +50,7 @@ def pinned(recipe: Recipe, student: StudentConfig, manifest: Manifest, folder: P
         if follower is not None:
             follower.complete()
         return path
-    if student.losses.alpha == 0 and (held == stated | {"signal": False} or not files.exists(IDENTITY)):
+    if not student.taught and (held == stated | {"signal": False} or not files.exists(IDENTITY)):
         LocalFiles(folder).write(NOTE, json.dumps(stated | {"signal": False}).encode())
         return None
     store = store or open_store(recipe.store.path)
@@ -81,7 +81,7 @@ def pin_open(
         if Snapshot.read(path).open:
             Follower(store, path)  # raises where its units will never come
         return path
-    if student.losses.alpha == 0 and held == stated | {"signal": False}:
+    if not student.taught and held == stated | {"signal": False}:
         return None
     snapshot = store.snapshot(_digests(manifest), pending=pending)
     arrivals_path(path).unlink(missing_ok=True)

@@ -19,12 +19,13 @@ from stillroom.pipeline.console import Console
 from stillroom.pipeline.recipe.schema import Recipe
 from stillroom.pipeline.sources import Sources
 from stillroom.pipeline.student.config import StudentConfig
+from stillroom.pipeline.student.schedules import extremes
 from stillroom.storage.errors import UnsupportedSignal
 from stillroom.storage.files import open_files
 from stillroom.storage.manifest import Manifest, ManifestIndex
 from stillroom.storage.order import unit_order
 from stillroom.storage.records import Unit
-from stillroom.storage.store import Store
+from stillroom.storage.store import Store, UnitStore
 from stillroom.storage.units import first_places, places
 
 
@@ -50,14 +51,16 @@ class Plan:
         return sum(sum(u.tokens) for u in self.pending)
 
 
-def make_plan(manifest: Manifest, store: Store | None, *, unit_tokens: int, seed: int, save: bool = True) -> Plan:
+def make_plan(
+    manifest: Manifest, store: UnitStore | None, *, unit_tokens: int, seed: int, save: bool = True, beside: int = 0
+) -> Plan:
     """Plan the remainder, and save what is new of it (unless told to look only).
 
     Units that an earlier plan holds are followed as they are, if all their sequences are still wanted; only what
     they leave over is packed anew. So a killed run and an undisturbed one score the same units.
 
     store: None stands for one that is not founded yet. unit_tokens: budget of a unit. seed: of the training order;
-        units are taught in its epoch 0.
+        units are taught in its epoch 0. beside: tokens that each sequence takes beside its own, such as a response's.
     """
     index = manifest.index()
     wanted = first_places(index.sequences)
@@ -67,7 +70,7 @@ def make_plan(manifest: Manifest, store: Store | None, *, unit_tokens: int, seed
     held = 0
     if store:
         pending, held = _follow(store, names, covered)
-    fresh = pack_units(index, wanted[~covered].tolist(), unit_tokens)
+    fresh = pack_units(index, wanted[~covered].tolist(), unit_tokens, beside=beside)
     if fresh and store and save:
         store.save_plan(fresh)
     pending += fresh
@@ -77,7 +80,7 @@ def make_plan(manifest: Manifest, store: Store | None, *, unit_tokens: int, seed
     return Plan(ordered, len(names), held, dict(zip(digests, rows, strict=True)))
 
 
-def _follow(store: Store, names: NDArray[np.bytes_], covered: NDArray[np.bool_]) -> tuple[list[Unit], int]:
+def _follow(store: UnitStore, names: NDArray[np.bytes_], covered: NDArray[np.bool_]) -> tuple[list[Unit], int]:
     """Units of saved plans that are still to be scored, and how many of the corpus's sequences are committed.
 
     names: S32 [W], the corpus's sequences. covered: bool [W]; set for those that are committed or in a unit returned.
@@ -98,13 +101,13 @@ def _follow(store: Store, names: NDArray[np.bytes_], covered: NDArray[np.bool_])
     return pending, held
 
 
-def pack_units(index: ManifestIndex, rows: Iterable[int], unit_tokens: int) -> list[Unit]:
+def pack_units(index: ManifestIndex, rows: Iterable[int], unit_tokens: int, *, beside: int = 0) -> list[Unit]:
     """Sequences in the order of their digests, cut where a unit would exceed its budget."""
     units: list[Unit] = []
     members: list[int] = []
     held = 0
     for row in sorted(rows, key=lambda r: index.sequences[r]):
-        tokens = int(index.tokens[row])
+        tokens = int(index.tokens[row]) + beside
         if members and held + tokens > unit_tokens:
             units.append(_unit(index, members))
             members, held = [], 0
@@ -159,8 +162,9 @@ def _served(recipe: Recipe, student: StudentConfig, store: Store) -> dict[str, A
     """Whether a complete store serves a student, and if not, why."""
     from stillroom.pipeline.fidelity import require_supported
 
+    temperature = extremes(student.losses.temperature)[1]
     try:
         require_supported(recipe, student, store)
     except UnsupportedSignal as error:
-        return {"student": student.name, "temperature": student.losses.temperature, "served": False, "why": str(error)}
-    return {"student": student.name, "temperature": student.losses.temperature, "served": True, "why": None}
+        return {"student": student.name, "temperature": temperature, "served": False, "why": str(error)}
+    return {"student": student.name, "temperature": temperature, "served": True, "why": None}

@@ -17,8 +17,8 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from stillroom.pipeline.cluster import cause_of, one_line
-from stillroom.pipeline.recipe.schema import RayConfig
+from stillroom.pipeline.cluster import Actors, cause_of, one_line
+from stillroom.pipeline.recipe.teacher_schema import RayConfig
 from stillroom.storage.errors import StillroomError, TeacherError
 from stillroom.storage.records import Receipt, Sequence, Unit
 from stillroom.workers.teacher import TruthRequest
@@ -55,11 +55,11 @@ class _Slot:
 class Pool:
     """Actors and the units they hold.
 
-    make: creates one actor, a Ray handle with `ready` and `score_unit`. notice: told what is tried again or waited for.
+    actors: makes Ray handles with `ready` and `score_unit`. notice: told what is tried again or waited for.
     """
 
-    def __init__(self, make: Callable[[], Any], config: RayConfig, notice: Callable[[str], None]) -> None:
-        self._make, self._config, self._notice = make, config, notice
+    def __init__(self, actors: Actors, config: RayConfig, notice: Callable[[str], None]) -> None:
+        self._actors, self._config, self._notice = actors, config, notice
         self._slots: list[_Slot] = []
         self._held: dict[Any, tuple[_Slot, Work]] = {}
         self._suspects: deque[Work] = deque()
@@ -130,11 +130,11 @@ class Pool:
     def stop(self) -> None:
         """End the actors; their devices are free when this returns."""
         for slot in self._slots:
-            ray.kill(slot.actor, no_restart=True)
+            self._actors.end(slot.actor)
         self._slots, self._held = [], {}
 
     def _fresh(self) -> _Slot:
-        actor = self._make()
+        actor = self._actors.make()
         return _Slot(actor, actor.ready.remote())
 
     def _say_if_none_is_ready(self) -> None:
@@ -185,7 +185,7 @@ class Pool:
 
     def _replace(self, slot: _Slot) -> None:
         slot.gone = True
-        ray.kill(slot.actor, no_restart=True)  # it may be out of reach, and hold its device
+        self._actors.end(slot.actor)  # it may be out of reach, and hold its device
         self._slots[self._slots.index(slot)] = self._fresh()
 
     def _hand_out(self, units: Iterator[Work]) -> bool:

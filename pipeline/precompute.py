@@ -106,16 +106,19 @@ def _score(
     batch: Batch,
     console: Console,
 ) -> None:
-    from stillroom.pipeline.cluster import actor_options, session
+    from stillroom.pipeline.cluster import Actors, session
     from stillroom.pipeline.metrics import TeachingMetrics
     from stillroom.pipeline.pool import Pool
     from stillroom.pipeline.status import Status
     from stillroom.workers.actor import remote_actor
 
     spec, identity = sources.teacher_spec(), store.identity
-    with session(recipe.ray):
-        actor = remote_actor(**actor_options(recipe.ray))
-        pool = Pool(lambda: actor.remote(spec, identity, store.uri), recipe.ray, console.notice)
+
+    def create(**options: Any) -> Any:
+        return remote_actor(**options).remote(spec, identity, store.uri)
+
+    with session(recipe.ray, ranks=spec.ranks):
+        pool = Pool(Actors(create, recipe.ray, ranks=spec.ranks), recipe.ray, console.notice)
         console.info(f"teach: starting {recipe.ray.actors} teacher actor{'s' * (recipe.ray.actors > 1)}")
         pool.start()
         try:

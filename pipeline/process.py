@@ -51,7 +51,7 @@ TEACHING, TRAINING = ".lock", ".train.lock"
 
 def locks_of(command: str, *, read_through: bool) -> tuple[str, ...]:
     """What a command needs for itself: a student that follows a `teach` leaves the teaching to it."""
-    if command in ("plan", "teach"):
+    if command in ("plan", "generate", "teach"):
         return (TEACHING,)
     return (TRAINING,) if command == "train" and read_through else (TEACHING, TRAINING)
 

@@ -92,7 +92,7 @@ def _complete(recipe: Recipe, student: StudentConfig, follower: Follower, store:
             f"student {student.name} waits for {len(follower.missing):,} units that are not in {store.uri} though the "
             f"teaching is done, the first is {follower.missing[0]}: run the same command again"
         )
-    if student.losses.alpha > 0:
+    if student.taught:
         require_supported(recipe, student, store)
     follower.complete()
 

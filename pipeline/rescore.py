@@ -91,19 +91,22 @@ def _chosen(store: Store, units: int, seed: int, skip: Collection[str]) -> list[
 
 def _load(store: Store, ref: ShardRef, teacher: str | None, device: str) -> TorchTeacher:
     """The store's teacher, run as the shard says that it was run."""
-    from stillroom.workers.digests import identity_parts
+    from stillroom.workers.digests import QUANTISED, identity_parts
     from stillroom.workers.source import cache_folder, load_tokenizer, resolve_model
 
     identity = store.identity
     folder = resolve_model(teacher or identity.teacher)
     text = load_tokenizer(folder).backend_tokenizer.to_str()
-    parts = identity_parts(folder, text, dtype=identity.dtype, cache_dir=cache_folder())
+    # Weights that the folder holds quantised have another name there, and are loaded as they lie.
+    quantisation: Any = {name: kind for kind, name in QUANTISED.items()}.get(identity.quantisation or "")
+    parts = identity_parts(folder, text, dtype=identity.dtype, quantisation=quantisation, cache_dir=cache_folder())
     _require_same(store, Identity(teacher=identity.teacher, signal=identity.signal, format=identity.format, **parts))
     provenance = _provenance(store.reader(ref).footer)
     return TorchTeacher(
         TeacherSpec(
             folder=folder,
             dtype=identity.dtype,  # type: ignore[arg-type]  # one of its three, or transformers would not have loaded it
+            quantisation=quantisation,
             device=device,
             attention=provenance.get("attention") if provenance.get("attention") in _ATTENTION else None,
             slice_positions=provenance.get("slice_positions"),

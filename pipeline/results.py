@@ -13,6 +13,9 @@ from typing import Any, TextIO
 
 from stillroom.pipeline.console import format_bytes, format_count, format_duration, print_table, rich_console
 
+#: The key of a row's sentences.
+NOTICES = "notices"
+
 
 def print_json(result: dict[str, Any], stream: TextIO) -> None:
     """One object on one line. JSON has no NaN and no infinity: they become null."""
@@ -28,15 +31,19 @@ def _finite(value: Any) -> Any:
 
 
 def print_tables(result: dict[str, Any], stream: TextIO) -> None:
+    """Notices, which are sentences, come as lines below the table that they would make unreadable."""
     rich = rich_console(stream)
     scalars = [(name.replace("_", " "), cell(name, value)) for name, value in _flat(result) if not _is_table(value)]
     if scalars:
         print_table(rich, None, scalars)
     for title, rows in _tables(result):
-        flat = [{key: value for key, value in _flat(row) if not _is_table(value)} for row in rows]
+        flat = [{key: value for key, value in _flat(row) if not _is_table(value) and key != NOTICES} for row in rows]
         columns = list(dict.fromkeys(key for row in flat for key in row))
         cells = [[cell(key, row.get(key)) for key in columns] for row in flat]
         print_table(rich, [key.replace("_", " ") for key in columns], cells, title=title)
+        for row in rows:
+            for notice in row.get(NOTICES) or []:
+                rich.print(f"notice: {row.get('name', title)}: {notice}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _tables(result: dict[str, Any], above: str = "") -> Iterator[tuple[str, list[dict[str, Any]]]]:

@@ -30,6 +30,13 @@ def run_recipe(recipe: Recipe, *, console: Console) -> dict[str, Any]:
     """Run what is not done yet; returns the summary that it writes to `summary.json`."""
     save_resolved(recipe, recipe.run_dir / "recipe.resolved.yaml")
     sources = Sources(recipe, console)
+    generations = None
+    if recipe.generate is not None:
+        from stillroom.pipeline.generate import generate, require_all_generated
+
+        generated = generate(recipe, sources, console)
+        require_all_generated(generated)
+        generations = generated.as_dict()
     manifest = sources.manifest()
     signal = sources.identity().signal
     for student in recipe.students:
@@ -58,6 +65,8 @@ def run_recipe(recipe: Recipe, *, console: Console) -> dict[str, Any]:
         teaching("")
     evaluation = evaluate(recipe, console)
     summary = summarise(recipe, store, ledger, students, evaluation)
+    if generations is not None:
+        summary["generations"] = generations
     LocalFiles(recipe.run_dir).write("summary.json", (json.dumps(summary, indent=2) + "\n").encode())
     _show(recipe, students, summary, console)
     return summary

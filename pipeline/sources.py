@@ -92,7 +92,10 @@ class Sources:
 
         text = self.tokenizer.backend_tokenizer.to_str()
         dtype = self._recipe.teacher.dtype
-        parts = identity_parts(self.teacher_folder, text, dtype=dtype, cache_dir=cache_folder())
+        parts = identity_parts(
+            self.teacher_folder, text, dtype=dtype, quantisation=self._recipe.teacher.quantisation,
+            cache_dir=cache_folder(),
+        )  # fmt: skip
         blocks, heads = layers_and_heads(self.teacher_folder)
         signal = self._recipe.signal.spec(
             width=hidden_width(self.teacher_folder), calibration=calibration, blocks=blocks, heads=heads
@@ -153,6 +156,9 @@ class Sources:
             threads=teacher.threads or max(1, int(self._recipe.ray.cpus_per_actor)),
             trust_remote_code=teacher.trust_remote_code,
             compile=teacher.compile,
+            quantisation=teacher.quantisation,
+            split=teacher.split,
+            ranks=teacher.ranks,
         )
 
 

@@ -12,7 +12,7 @@ from stillroom.pipeline.account import TeachingAccount
 from stillroom.pipeline.ledger import Ledger
 from stillroom.pipeline.process import uninterrupted
 from stillroom.storage.records import Receipt
-from stillroom.storage.store import Store
+from stillroom.storage.store import UnitStore
 
 #: A commit takes about 70 ms, so one every two seconds costs 3 % of a core and loses at most that much work.
 COMMIT_INTERVAL_S = 2.0
@@ -67,7 +67,7 @@ class Batch:
 
     def __init__(
         self,
-        store: Store,
+        store: UnitStore,
         taught: Taught,
         ledger: Ledger,
         on_behalf_of: str,

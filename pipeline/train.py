@@ -15,6 +15,8 @@ from stillroom.pipeline.recipe.schema import Recipe
 from stillroom.pipeline.sources import Sources
 from stillroom.pipeline.student.bindings import EXPORT, RESULT, bindings_of, finished, read_result, require_same
 from stillroom.pipeline.student.config import StudentConfig, StudentJob, student_window
+from stillroom.pipeline.student.curriculum import other_corpus
+from stillroom.pipeline.student.features.maps import resolve
 from stillroom.pipeline.student_process import StudentProcess
 from stillroom.storage.errors import StoreError, StudentError
 from stillroom.storage.files import LocalFiles
@@ -29,7 +31,7 @@ def train_command(recipe: Recipe, *, console: Console) -> dict[str, Any]:
 
         return follow_command(recipe, console)
     if not manifest_path(recipe).exists():
-        if any(student.losses.alpha for student in recipe.students):
+        if any(student.taught for student in recipe.students):
             raise StoreError(f"{manifest_path(recipe)} is not there yet: run `stillroom teach` on this recipe first")
         Sources(recipe, console).manifest()  # hard labels alone need the text, and no teacher
     results = [train(recipe, student, console) for student in recipe.students]
@@ -89,20 +91,26 @@ def trained(recipe: Recipe, job: StudentJob, console: Console) -> dict[str, Any]
 
 
 def require_possible(recipe: Recipe, student: StudentConfig, manifest: Manifest, sources: Sources) -> None:
-    """Raises StudentError, TokenizerMismatch or RecipeError for a student that its process would refuse, as far as
-    configs and tokenizers tell: said before the teacher has worked for it."""
-    from stillroom.pipeline.student.model import check_student
+    """Raises StudentError, TokenizerMismatch, RecipeError, or UnsupportedSignal for the layers it learns from, for a
+    student that its process would refuse, as far as configs and tokenizers tell: said before the teacher has worked
+    for it."""
+    from stillroom.pipeline.student.model import check_student, student_shape
 
     if (student_folder(recipe, student) / RESULT).exists():
         return
-    student_window(student, manifest.meta.window)
+    window = student_window(student, manifest.meta.window)
+    for path in student.corpora():
+        other_corpus(path, manifest, window)
+    teacher = sources.teacher_folder if student.model.cut is not None else None
     check_student(
         student.model,
-        teacher=sources.teacher_folder if student.model.cut is not None else None,
+        teacher=teacher,
         tokenizer=sources.tokenizer,
         expected_tokenizer=manifest.meta.tokenizer,
         vocabulary=manifest.meta.vocabulary,
     )
+    for features in student.all_features():
+        resolve(features, sources.identity().signal, student_shape(student.model, teacher=teacher))
 
 
 def require_untouched(recipe: Recipe, student: StudentConfig, manifest: Manifest) -> None:
@@ -123,17 +131,25 @@ def result_of(job: StudentJob) -> dict[str, Any] | None:
 
 
 def student_line(result: dict[str, Any]) -> dict[str, Any]:
-    """One student's line of the summary; a corpus without held-out documents leaves the measures null."""
+    """One student's line of the summary; a corpus without held-out documents leaves the measures null, as a result
+    of an earlier release does those that it did not measure."""
     line = {key: result[key] for key in ("name", "parameters", "layers", "steps", "trained_positions", "seconds")}
     for when in ("before", "after"):
         found = result[when] or {}
         line |= {
             f"kl_{when}": found.get("kl"),
             f"top1_{when}": found.get("top1"),
+            f"top5_{when}": found.get("top5"),
+            f"teacher_mass_{when}": found.get("teacher_mass"),
+            f"student_mass_{when}": found.get("student_mass"),
             f"ppl_{when}": found.get("perplexity"),
             f"ece_{when}": found.get("ece"),
         }
-    return line | {"seconds_waited": result.get("seconds_waited"), "export": result["export"]}
+    return line | {
+        "seconds_waited": result.get("seconds_waited"),
+        "notices": result.get("notices", []),
+        "export": result["export"],
+    }
 
 
 def show_students(results: list[dict[str, Any]], console: Console) -> None:

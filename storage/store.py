@@ -32,12 +32,11 @@ IDENTITY = STORE_MARK
 _LARGEST_IDENTITY = 2**20
 
 
-class Store:
-    """Made by `open_store` or `create_store`."""
+class UnitStore:
+    """What every store has, whatever its shards hold: plans of units, and a log of those that are done."""
 
-    def __init__(self, files: Files, identity: Identity, log: CommitLog) -> None:
+    def __init__(self, files: Files, log: CommitLog) -> None:
         self.files = files
-        self.identity = identity
         self._log = log
 
     @property
@@ -59,6 +58,14 @@ class Store:
     def save_plan(self, units: Seq[Unit]) -> None:
         """Keep a plan. It is written before its first unit is scored, so that a resume follows it."""
         plans.save_plan(self.files, units)
+
+
+class Store(UnitStore):
+    """Of logits. Made by `open_store` or `create_store`."""
+
+    def __init__(self, files: Files, identity: Identity, log: CommitLog) -> None:
+        super().__init__(files, log)
+        self.identity = identity
 
     def snapshot(self, sequences: Container[str] | None = None, *, pending: Container[str] = ()) -> Snapshot:
         """Pin what is committed now, or of that the units that hold any of `sequences`.

@@ -1,4 +1,4 @@
-"""A teacher in a Ray actor: unit → score → encode → shard → receipt. The one file that imports ray.
+"""A teacher in a Ray actor: unit → score (or generate) → encode → shard → receipt. The one file that imports ray.
 
 Enters: a `TeacherSpec`, the identity of the store and its URI; then units with their sequences. Leaves: shards in the
 store's folder, and receipts; no signal travels through Ray. Costs: a teacher's memory per actor, and the signals of two
@@ -7,23 +7,32 @@ units; it writes, and commits nothing: that is the driver's.
 The teacher does not wait for the store: two calls run at once, of which one scores, and one encodes and writes.
 """
 
+import os
+import socket
+import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from typing import Any
 
 import numpy as np
 import ray
+from ray.exceptions import RayTaskError
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from stillroom.storage.calibration import find_head, save_calibration
-from stillroom.storage.errors import BadLogits, IdentityMismatch
+from stillroom.storage.errors import BadLogits, IdentityMismatch, StillroomError
 from stillroom.storage.fidelity.truth import Truth, write_truth
 from stillroom.storage.files import open_files
+from stillroom.storage.generations.records import GenerationIdentity
+from stillroom.storage.generations.shard import write_generations
 from stillroom.storage.identity import Identity
 from stillroom.storage.records import Float32, Receipt, Sequence, SignalSpec, Unit
 from stillroom.storage.shard import write_shard
+from stillroom.workers.generator import EngineDead, Generator, GeneratorSpec
 from stillroom.workers.head import calibrate, save_head, steps_of
+from stillroom.workers.ranks import Rank, RankedTeacher, join
 from stillroom.workers.sanity import require_batch_free
 from stillroom.workers.teacher import Teacher, TeacherSpec, TruthRequest
 from stillroom.workers.torch_teacher import TorchTeacher
@@ -57,7 +66,7 @@ class TeacherActor:
 
     def _teacher(self) -> Teacher:
         if self._loaded is None:
-            teacher = TorchTeacher(self._spec)
+            teacher = TorchTeacher(self._spec) if self._spec.ranks == 1 else _ranked(self._spec)
             self._require_identity(teacher.identity_parts())
             self._loaded = teacher
         return self._loaded
@@ -170,3 +179,103 @@ def remote_actor(**options: Any) -> Any:
         are no restarts and no retries.
     """
     return ray.remote(**{"max_concurrency": CALLS_AT_ONCE, **options})(TeacherActor)
+
+
+def _ranked(spec: TeacherSpec) -> RankedTeacher:
+    """Rank 0 of a teacher of several, in the first bundle of its placement group; the others get one each, and end with
+    this process. Raises TeacherError."""
+    group = ray.util.get_current_placement_group()
+    assert group is not None
+    assert len(group.bundle_specs) == spec.ranks
+    with socket.socket() as free:
+        free.bind(("", 0))
+        address = f"{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
+    others = []
+    for rank in range(1, spec.ranks):
+        resources = {name: amount for name, amount in group.bundle_specs[rank].items() if name not in ("CPU", "GPU")}
+        strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
+        actor: Any = ray.remote(
+            num_cpus=group.bundle_specs[rank].get("CPU", 0),
+            num_gpus=group.bundle_specs[rank].get("GPU", 0),
+            resources=resources,
+            scheduling_strategy=strategy,
+        )(Rank)
+        others.append(actor.remote(spec, rank, address))
+    loading = [other.load.remote() for other in others]
+
+    def tell(method: str, *arguments: Any, **named: Any) -> Callable[[], None]:
+        told = [other.follow.remote(method, *arguments, **named) for other in others]
+        return lambda: _wait(told)
+
+    join(spec, 0, address)
+    teacher = RankedTeacher(spec, tell)
+    _wait(loading)
+    return teacher
+
+
+def _wait(references: list[Any]) -> None:
+    """Raises what another rank raised, as itself."""
+    try:
+        ray.get(references)
+    except RayTaskError as error:
+        raise (error.cause if isinstance(error.cause, StillroomError) else error) from error
+
+
+class GeneratorActor:
+    """Has a teacher write responses, one unit at a time. As `TeacherActor`, but in one thread: vLLM is for one."""
+
+    def __init__(self, spec: GeneratorSpec, identity: GenerationIdentity, store: str) -> None:
+        self._spec, self._identity, self._store = spec, identity, store
+        self._loaded: Generator | None = None
+
+    def ready(self) -> dict[str, Any]:
+        """Start the engine; returns what it is. Raises TeacherError if it cannot be started, IdentityMismatch if the
+        model is not the one of the store."""
+        return self._generator().provenance()
+
+    def _generator(self) -> Generator:
+        if self._loaded is None:
+            from stillroom.workers.vllm_generator import VllmGenerator  # a teacher that scores must not need it
+
+            generator = VllmGenerator(self._spec)
+            found = GenerationIdentity(
+                teacher=self._identity.teacher, decoding=self._spec.decoding, **generator.identity_parts()
+            )
+            self._identity.require_equal(found, self._store)
+            self._loaded = generator
+        return self._loaded
+
+    def score_unit(self, unit: Unit, prompts: Seq[Sequence], _: TruthRequest = NO_TRUTH) -> Receipt:
+        """Have the unit's responses written, and write its shard. The pool knows units by this name.
+
+        prompts: the unit's, in its order. The receipt's tokens are those of the prompts, its rows those generated, its
+        batches the responses. An engine that died takes this process with it: Ray's answer to the driver is then a
+        lost actor, where another call would reach the same dead engine. Raises TeacherError, StoreFull, StoreError.
+        """
+        generator = self._generator()
+        started = time.perf_counter()
+        try:
+            responses = generator.generate(prompts)
+        except EngineDead as error:
+            print(f"the engine is dead, and this actor ends with it: {error}", file=sys.stderr, flush=True)
+            os._exit(1)
+        shard = write_generations(open_files(self._store), self._identity, unit, responses, generator.provenance())
+        return Receipt(
+            shard=shard,
+            sequences=len(prompts),
+            tokens=sum(unit.tokens),
+            rows=sum(len(response.response_ids) for response in responses),
+            batches=len(responses),
+            seconds=time.perf_counter() - started,
+        )
+
+    def release(self) -> None:
+        """As `TeacherActor.release`."""
+        if self._loaded is not None:
+            self._loaded.release()
+            self._loaded = None
+
+
+def remote_generator(**options: Any) -> Any:
+    """`GeneratorActor` as a Ray actor class: `remote_generator(num_gpus=1).remote(spec, identity, store)`."""
+    return ray.remote(**options)(GeneratorActor)

@@ -20,6 +20,9 @@ VOLATILE = frozenset({
     "_attn_implementation", "_attn_implementation_autoset", "output_attentions", "output_hidden_states", "return_dict",
 })  # fmt: skip
 
+#: `TeacherSpec.quantisation` by its name in an identity. What the names stand for, group sizes too, never changes.
+QUANTISED = {"int8": "torchao-int8", "int4": "torchao-int4", "fp8": "torchao-fp8"}
+
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors that make up the model, by name: those of the index where there is one.
@@ -47,13 +50,22 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def identity_parts(folder: Path, tokenizer_json: str, *, dtype: str, cache_dir: Path) -> dict[str, Any]:
+def identity_parts(
+    folder: Path, tokenizer_json: str, *, dtype: str, quantisation: str | None = None, cache_dir: Path
+) -> dict[str, Any]:
     """All fields of an `Identity` but `teacher` and `signal`, from the folder's files; no weight is loaded.
 
-    tokenizer_json: the fast tokenizer's own serialisation. dtype: of the forward pass.
+    tokenizer_json: the fast tokenizer's own serialisation. dtype: of the forward pass. quantisation: of
+        `TeacherSpec`. Raises TeacherError where the folder's weights are quantised already.
     """
     weights, config = model_digests(folder, cache_dir=cache_dir)
     settings = json.loads((folder / "config.json").read_text()).get("quantization_config")
+    held = settings.get("quant_method") if settings else None
+    if held and quantisation:
+        raise TeacherError(
+            f"teacher.quantisation is {quantisation}, but the weights in {folder} are quantised already ({held}): "
+            "leave it out, or give the folder of the whole weights"
+        )
     return {
         "weights": weights,
         "config": config,
@@ -61,7 +73,7 @@ def identity_parts(folder: Path, tokenizer_json: str, *, dtype: str, cache_dir: 
         "vocabulary": real_vocabulary(tokenizer_json),
         "dtype": dtype,
         # By name only: its settings are part of config.json, hence of `config`.
-        "quantisation": settings.get("quant_method") if settings else None,
+        "quantisation": QUANTISED[quantisation] if quantisation else held,
     }
 
 

@@ -18,17 +18,25 @@ from stillroom.storage.errors import TeacherError, first_line
 Result = TypeVar("Result")
 
 
-def in_halves(group: Seq[int], score: Callable[[Seq[int]], Result]) -> Iterator[tuple[Seq[int], Result]]:
+def in_halves(
+    group: Seq[int], score: Callable[[Seq[int]], Result], *, alone: bool = True
+) -> Iterator[tuple[Seq[int], Result]]:
     """Score a batch, and where it is out of memory its two halves, and so on.
 
     group: indices of the batch. score: what may raise torch.OutOfMemoryError, or a CPU allocator's RuntimeError.
-    Raises TeacherError where one sequence alone does not fit.
+    alone: whether this process is all of the teacher; other ranks would wait for passes that are not the planned ones.
+    Raises TeacherError where one sequence alone does not fit, or this process is not alone.
     """
     try:
         result = score(group)
     except RuntimeError as error:  # torch.OutOfMemoryError is one
         if not _out_of_memory(error):
             raise
+        if not alone:
+            raise TeacherError(
+                f"out of memory with {len(group)} sequences in the batch, on one of several ranks "
+                f"({first_line(error)}): lower teacher.batch_tokens or teacher.slice_positions, or raise teacher.ranks"
+            ) from error
         if len(group) == 1:
             raise TeacherError(
                 f"out of memory with one sequence in the batch ({first_line(error)}): lower corpus.window, "

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from stillroom.storage.calibration import HEAD_FORMAT, Calibration, head_path
 from stillroom.storage.errors import TeacherError
@@ -59,10 +60,10 @@ def output_head(model: SlicedModel) -> OutputHead:
     Raises TeacherError where there is no such formula: the hidden tier is not available for this architecture.
     """
     layer = model.model.get_output_embeddings()
-    weight = getattr(layer, "weight", None)
+    weight = _whole(getattr(layer, "weight", None))
     if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
         raise _refusal(model, "it names no output head with a weight of [V, D] in floating point")
-    bias = getattr(layer, "bias", None)
+    bias = _whole(getattr(layer, "bias", None))
     with torch.inference_mode():
         real = weight[: model.vocabulary].detach(), None if bias is None else bias[: model.vocabulary].detach()
         hidden_SD = _probe(model)
@@ -75,6 +76,11 @@ def output_head(model: SlicedModel) -> OutputHead:
     if not off[best] <= allowed:
         raise _refusal(model, f"softcap(scale · (h @ Wᵀ + b)) is off by {off[best]:.2g} of its logits' size")
     return forms[best]
+
+
+def _whole(weight: Any) -> Any:
+    """Of a model that is spread over ranks, all of the weight; every rank must ask for it."""
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 def head_bytes(head: OutputHead) -> bytes:

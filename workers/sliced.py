@@ -25,6 +25,10 @@ PROBE_TOKENS = 16
 #: the last bits between thread counts, whatever their other sizes; of 12 and more they do not (tried up to 500).
 FEWEST_ROWS = 16
 
+#: Where blocks lie on several devices, accelerate puts a `forward` of its own on each module, bound to that module: a
+#: copy would run the original. What it does there, moving inputs, each module inside does again.
+_OF_THE_ORIGINAL = ("forward", "_old_forward", "_hf_hook")
+
 
 class SlicedModel:
     """`hidden` then `logits` give what `model(...).logits` gives. Raises TeacherError where that does not hold.
@@ -147,6 +151,9 @@ def _with_module(module: nn.Module, path: Seq[str], new: nn.Module) -> nn.Module
     if not path:
         return new
     twin = copy.copy(module)
+    if "_hf_hook" in twin.__dict__:
+        for name in _OF_THE_ORIGINAL:
+            twin.__dict__.pop(name, None)
     child = module.get_submodule(path[0])
     twin._modules = {**module._modules, path[0]: _with_module(child, path[1:], new)}
     return twin

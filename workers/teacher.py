@@ -13,6 +13,8 @@ from typing import Any, Literal, Protocol
 from stillroom.storage.records import Float32, Sequence, Signal, SignalSpec
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+Quantisation = Literal["int8", "int4", "fp8"]
+Split = Literal["layers", "tensors"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +26,10 @@ class TeacherSpec:
 
     dtype: Dtype = "float32"
     """Of the forward pass. Part of the identity. A CPU without bf16 instructions is faster in float32."""
+
+    quantisation: Quantisation | None = None
+    """Weights of 8 or 4 bits, made by torchao when the model is loaded; None as they lie in the folder. Part of the
+    identity."""
 
     device: str = "auto"
     """"cpu", "cuda", "cuda:1" …; "auto" is cuda where there is one. In a Ray actor "cuda" is the GPU it was given."""
@@ -45,6 +51,13 @@ class TeacherSpec:
 
     compile: bool = False
     """torch.compile for the model's body. Pays on a GPU with long runs; shifts rows within the noise band."""
+
+    split: Split | None = None
+    """How one copy of the model is spread. layers: over the GPUs of one process; tensors: over `ranks` processes; None:
+    it is on one device. Shifts rows within the noise band."""
+
+    ranks: int = 1
+    """Processes that are one teacher, for split "tensors"."""
 
 
 @dataclass(frozen=True)

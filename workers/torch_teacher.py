@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from stillroom.storage.codecs.sampled import position_keys
 from stillroom.storage.codecs.tail import tail_lse_at
 from stillroom.storage.codecs.topk import nucleus
-from stillroom.storage.errors import BadLogits, TeacherError, first_line
+from stillroom.storage.errors import BadLogits, TeacherError
 from stillroom.storage.records import Float32, Sequence, Signal, SignalSpec
 from stillroom.workers import batching
 from stillroom.workers.digests import hidden_width, identity_parts
@@ -32,8 +32,9 @@ from stillroom.workers.extract import CPU_CHUNK_BYTES, extract
 from stillroom.workers.halving import in_halves
 from stillroom.workers.head import OutputHead, output_head
 from stillroom.workers.hooks import Capture, Hooks, Span, require_attended
+from stillroom.workers.loading import input_device, load, versions
 from stillroom.workers.sliced import FEWEST_ROWS, SlicedModel
-from stillroom.workers.source import cache_folder, load_tokenizer, quiet
+from stillroom.workers.source import cache_folder, load_tokenizer
 from stillroom.workers.teacher import Scored, TeacherSpec
 
 SLICE_BYTES = 64 << 20
@@ -49,10 +50,12 @@ class TorchTeacher:
         self.device = _device(spec.device)
         tokenizer = load_tokenizer(spec.folder, trust_remote_code=spec.trust_remote_code)
         self._parts = identity_parts(
-            spec.folder, tokenizer.backend_tokenizer.to_str(), dtype=spec.dtype, cache_dir=cache_folder()
-        )
+            spec.folder, tokenizer.backend_tokenizer.to_str(), dtype=spec.dtype, quantisation=spec.quantisation,
+            cache_dir=cache_folder(),
+        )  # fmt: skip
         self._vocabulary = int(self._parts["vocabulary"])
-        model = _load(spec, self.device)
+        model = load(spec, self.device)
+        self.device = input_device(model, self.device) if spec.split else self.device
         config = model.config.get_text_config()
         self._positions: int | None = getattr(config, "max_position_embeddings", None)
         self._border = _longrope_border(config)
@@ -111,7 +114,7 @@ class TorchTeacher:
             return self._score_batch([sequences[i] for i in group], signal, positions)
 
         planned = self.batches(sequences)
-        ran = [part for group in planned for part in in_halves(group, score)]
+        ran = [part for group in planned for part in in_halves(group, score, alone=self.spec.ranks == 1)]
         for group, found in ran:
             signals.update(zip(group, found.signals, strict=True))
             truth |= found.truth
@@ -136,6 +139,7 @@ class TorchTeacher:
             "threads": torch.get_num_threads(),
             "slice_positions": self._slice,
             "batch_shapes": [list(shape) for shape in batching.shapes(lengths, groups)],
+            **versions(self.spec),
         }
 
     def release(self) -> None:
@@ -172,7 +176,7 @@ class TorchTeacher:
             hidden_BTD = self._model.hidden(ids_BT, mask_BT)
         layers_NnD = capture.layers(hidden_BTD, partial(name, 0))
         attention = capture.attention(partial(name, 0))
-        hidden_ND = hidden_BTD.flatten(0, 1)[torch.from_numpy(rows_N).to(self.device)]
+        hidden_ND = hidden_BTD.flatten(0, 1)[torch.from_numpy(rows_N).to(hidden_BTD.device)]
         slices, full = [], []
         for start in range(0, len(hidden_ND), self._slice):
             part = slice(start, start + self._slice)
@@ -181,7 +185,7 @@ class TorchTeacher:
             inside = full_M[(full_M >= start) & (full_M < part.stop)] - start
             if logits_SV is not None and len(inside):
                 full.append(
-                    logits_SV[torch.from_numpy(inside).to(self.device), : self._vocabulary].float().cpu().numpy()
+                    logits_SV[torch.from_numpy(inside).to(logits_SV.device), : self._vocabulary].float().cpu().numpy()
                 )
         scored = replace(Signal.concatenate(slices), layers=layers_NnD, attention=attention)
         ends = list(accumulate(len(r) for r in rows))
@@ -198,6 +202,11 @@ class TorchTeacher:
             raise TeacherError(
                 "teacher.compile with signal.layers or signal.attention: hooks in a compiled pass are not supported; "
                 "set it to false"
+            )
+        if maps and self.spec.split == "tensors":
+            raise TeacherError(
+                "signal.attention with teacher.split tensors: each rank computes the maps of its own heads only; use "
+                "teacher.split layers"
             )
         if maps and self._attention != "eager":
             raise TeacherError(
@@ -270,30 +279,6 @@ class TorchTeacher:
                     f"sequence {s.digest} has ids {lowest}..{highest}, the teacher's vocabulary is "
                     f"0..{self._vocabulary - 1}; the corpus was tokenised with another tokenizer, prepare it anew"
                 )
-
-
-def _load(spec: TeacherSpec, device: torch.device) -> Any:
-    try:
-        with quiet():
-            model, info = transformers.AutoModelForCausalLM.from_pretrained(
-                spec.folder,
-                dtype=getattr(torch, spec.dtype),
-                attn_implementation=spec.attention,
-                trust_remote_code=spec.trust_remote_code,
-                local_files_only=True,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-            model = model.to(device).eval()
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise TeacherError(f"cannot load teacher {spec.folder}: {first_line(error)}") from error
-    missing = sorted([*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])])
-    if missing:
-        raise TeacherError(
-            f"teacher {spec.folder}: {len(missing)} weights are not in its files or have another shape, "
-            f"e.g. {missing[0]}; transformers would fill them with random numbers; fetch the folder anew"
-        )
-    return model
 
 
 def _longrope_border(config: Any) -> int | None:

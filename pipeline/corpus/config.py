@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-Form = Literal["text", "pairs", "chat"]
+Form = Literal["text", "pairs", "chat", "generations"]
 
 
 class SourceConfig(BaseModel):
@@ -17,7 +17,8 @@ class SourceConfig(BaseModel):
 
     path: str
     """A .txt, .jsonl, .jsonl.zst or .parquet file, a folder or a glob of them, a dataset folder written by
-    `save_to_disk`, or `python:NAME` for the text of a Python package."""
+    `save_to_disk`, `python:NAME` for the text of a Python package, or `generations` for the responses that this
+    recipe's `generate` section keeps."""
 
     weight: float = Field(default=1.0, gt=0)
     """Factor on the loss of this source's tokens."""
@@ -42,6 +43,10 @@ class SourceConfig(BaseModel):
 
     splits: tuple[str, ...] | None = None
     """Splits to read of a dataset folder that has several, in this order; must be given for such a folder."""
+
+    def fields_read(self) -> tuple[str, ...]:
+        """The columns of a table that are read."""
+        return (self.text_field, self.prompt_field, self.response_field, self.messages_field)
 
     @model_validator(mode="before")
     @classmethod

@@ -23,7 +23,8 @@ class Counts:
     unpredicted_tokens: to be learned, but first in a later window without overlap, so nothing predicts them.
     bad_lines, bad_examples: "source:line: reason", the first 20. blank_lines: between records.
     passed_files, passed_examples: in folders and globs, of no kind that can be read.
-    stopped_at: the limit that ended the reading, or None. pairs_as: how pairs were rendered.
+    stopped_at: the limit that ended the reading, or None. pairs_as: how pairs were rendered. retokenised_documents:
+        generations of another tokenizer, taken as text.
     """
 
     pairs_as: str = "plain"
@@ -46,6 +47,7 @@ class Counts:
     passed_files: int = 0
     passed_examples: list[str] = field(default_factory=list)
     stopped_at: str | None = None
+    retokenised_documents: int = 0
 
     def add_document(self, form: str, *, heldout: bool, empty: bool) -> int:
         """Returns the document's number."""
@@ -108,6 +110,11 @@ class Counts:
                 "an overlap of 1 or more would learn them",
             ),
             (self.heldout_documents == 0, "no document is held out: nothing to evaluate on"),
+            (
+                self.retokenised_documents,
+                f"{self.retokenised_documents:,} generations were written with another tokenizer: their text is "
+                "tokenised anew, the teacher's own ids are not used",
+            ),
             (self.stopped_at is not None, f"reading stopped at {self.stopped_at}"),
         ]
         return [text for happened, text in said if happened]

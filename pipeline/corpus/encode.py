@@ -59,12 +59,19 @@ class Encoder:
             self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opened, **self._options)
         )
 
+    def text(self, input_ids: Int32) -> str:
+        return str(self._tokenizer.decode(input_ids.tolist(), skip_special_tokens=True))
+
     def encode(self, documents: Sequence[Rendered]) -> list[Encoded]:
         """In the order given; one call of the tokenizer for each way of calling it."""
-        encoded: list[Encoded | None] = [None] * len(documents)
+        encoded = [None if d.ids is None else _known(d.ids, d.unlearned) for d in documents]
         for special in (True, False):
             for whole in (True, False):
-                chosen = [i for i, d in enumerate(documents) if d.special == special and (d.spans is None) == whole]
+                chosen = [
+                    i
+                    for i, d in enumerate(documents)
+                    if d.ids is None and d.special == special and (d.spans is None) == whole
+                ]
                 if chosen:
                     found = self._call([documents[i] for i in chosen], special=special, offsets=not whole)
                     for i, one in zip(chosen, found, strict=True):
@@ -95,6 +102,10 @@ class Encoder:
             mask[-1] = True
             return Encoded(ids, mask)
         return Encoded(np.append(ids, np.int32(self._eos)), np.append(mask, True))
+
+
+def _known(ids: Int32, unlearned: int) -> Encoded:
+    return Encoded(ids, np.arange(len(ids)) >= unlearned)
 
 
 def mask_from_spans(offsets: NDArray[np.int64], spans: Sequence[Span]) -> NDArray[np.bool_]:

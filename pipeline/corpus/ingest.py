@@ -78,7 +78,7 @@ def _inputs(config: CorpusConfig, encoder: Encoder, found: Found) -> str:
 
 
 def _ingest(config: CorpusConfig, encoder: Encoder, found: Found, out: Path, progress: Progress | None) -> Manifest:
-    renderer = Renderer(config, encoder.template)
+    renderer = Renderer(config, encoder.template, encoder.digest)
     counts = Counts(pairs_as="chat" if renderer.pairs_as_chat else "plain")
     inputs = _inputs(config, encoder, found)
     with ManifestWriter(out) as writer:
@@ -160,6 +160,7 @@ def _append(
 ) -> None:
     heldout = is_heldout(rendered.content, share=config.heldout, seed=config.split_seed)
     document = counts.add_document(rendered.form, heldout=heldout, empty=not len(tokens.input_ids))
+    counts.retokenised_documents += rendered.form == "generations" and rendered.ids is None
     if not len(tokens.input_ids):
         return
     cut = windows.split(len(tokens.input_ids), window=config.window, overlap=config.overlap)

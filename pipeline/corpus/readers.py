@@ -18,6 +18,7 @@ import zstandard
 
 from stillroom.pipeline.corpus import python_text
 from stillroom.pipeline.corpus.config import SourceConfig
+from stillroom.pipeline.corpus.generations import FIELD, kept_responses
 from stillroom.pipeline.corpus.sources import SourceFile
 
 _READ_BYTES = 1 << 20
@@ -63,6 +64,9 @@ def read(file: SourceFile, *, limit_bytes: int) -> Iterator[Read]:
                 yield from _table_rows(file)
             case "python":
                 yield from _python(file)
+            case "generations":
+                for row, kept in kept_responses(file.path):
+                    yield Record(file.name, row, {FIELD: kept}, file.settings)
             case "txt":
                 yield from _txt(file, limit_bytes)
             case _:
@@ -233,8 +237,7 @@ def _table_rows(file: SourceFile) -> Iterator[Read]:
 
 
 def _wanted(file: SourceFile, names: list[str], rows: int) -> list[str] | BadLine:
-    settings = file.settings
-    fields = (settings.text_field, settings.prompt_field, settings.response_field, settings.messages_field)
+    fields = file.settings.fields_read()
     wanted = [name for name in dict.fromkeys(fields) if name in names]
     if not wanted:
         return BadLine(file.name, 0, f"has none of the columns {', '.join(fields)}: it has {', '.join(names)}", rows)

@@ -6,13 +6,16 @@ the chat template, and two more for each turn of the assistant when only respons
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 from jinja2.exceptions import TemplateError
 
 from stillroom.pipeline.corpus.config import CorpusConfig, Form, SourceConfig
+from stillroom.pipeline.corpus.generations import FIELD, Kept
 from stillroom.storage.errors import CorpusError
+from stillroom.storage.records import Int32
 
 Message = dict[str, Any]
 Template = Callable[[list[Message], bool], str]
@@ -29,7 +32,8 @@ class Rendered:
 
     content: what the record says, apart from any template: decides the split. spans: characters that are
     learned, None for all. special: the tokenizer adds its own special tokens (a template has written them). eos: the
-    document ends with one.
+    document ends with one. ids: int32 [T] where the tokens are known and not to be made from the text, of which the
+    first `unlearned` are a prompt.
     """
 
     form: Form
@@ -38,22 +42,27 @@ class Rendered:
     spans: tuple[Span, ...] | None
     special: bool
     eos: bool
+    ids: Int32 | None = None
+    unlearned: int = 0
 
 
 class Renderer:
     """Renders records by one configuration.
 
     template: the tokenizer's chat template, or None if it has none; takes messages and whether the assistant's
-    next turn is to be opened.
+    next turn is to be opened. tokenizer: its digest; generations of the same one are taken as ids.
     """
 
-    def __init__(self, config: CorpusConfig, template: Template | None) -> None:
+    def __init__(self, config: CorpusConfig, template: Template | None, tokenizer: str = "") -> None:
         self._config = config
+        self._tokenizer = tokenizer
         self._template = template
         self.pairs_as_chat = config.pairs_as == "chat" or (config.pairs_as == "auto" and template is not None)
 
     def render(self, fields: dict[str, Any], settings: SourceConfig, where: str) -> Rendered:
         """Raises RecordError for a record that cannot be used, CorpusError for a template that cannot."""
+        if FIELD in fields:
+            return self._generation(fields[FIELD], where)
         match _form(fields, settings):
             case "text":
                 return self._text(_string(fields, settings.text_field))
@@ -62,7 +71,28 @@ class Renderer:
                 response = _string(fields, settings.response_field)
                 return self._pair(prompt, response, where)
             case "chat":
-                return self._chat(_messages(fields, settings.messages_field), where)
+                return self._chat(messages_of(fields, settings.messages_field), where)
+            case _:
+                raise AssertionError("generations are told by their field")
+
+    def _generation(self, kept: Kept, where: str) -> Rendered:
+        """All responses to a prompt fall into the same split: its digest decides."""
+        response = kept.generation
+        content = _content("generations", response.prompt)
+        if kept.tokenizer == self._tokenizer:
+            ids = np.concatenate([response.prompt_ids, response.response_ids])
+            unlearned = 0 if self._config.train_on == "all" else len(response.prompt_ids)
+            return Rendered("generations", content, response.text, None, False, False, ids, unlearned)
+        prompt, conversation = kept.prompts.said(response.prompt)
+        if conversation is None:
+            rendered = self._text(prompt + response.text)
+            return replace(rendered, form="generations", content=content)
+        messages = json.loads(conversation)
+        if self.pairs_as_chat:
+            rendered = self._chat([*messages, {"role": "assistant", "content": response.text}], where)
+        else:
+            rendered = self._pair("\n\n".join(turn["content"] for turn in messages), response.text, where)
+        return replace(rendered, form="generations", content=content)
 
     def _text(self, text: str) -> Rendered:
         return Rendered("text", _content("text", text), text, None, special=True, eos=self._config.append_eos)
@@ -172,7 +202,8 @@ def _string(fields: dict[str, Any], name: str) -> str:
     return value
 
 
-def _messages(fields: dict[str, Any], name: str) -> list[Message]:
+def messages_of(fields: dict[str, Any], name: str) -> list[Message]:
+    """Raises RecordError where the field holds no conversation."""
     messages = fields.get(name)
     if isinstance(messages, dict) and messages and all(isinstance(v, list) for v in messages.values()):
         # How datasets before 4.0 stored a list of records: a record of lists.

@@ -14,9 +14,10 @@ from typing import Any, Literal
 
 from stillroom.pipeline.corpus import python_text
 from stillroom.pipeline.corpus.config import SourceConfig
+from stillroom.pipeline.corpus.generations import PREFIX
 from stillroom.storage.errors import RecipeError
 
-Kind = Literal["txt", "jsonl", "jsonl.zst", "parquet", "arrow", "python"]
+Kind = Literal["txt", "jsonl", "jsonl.zst", "parquet", "arrow", "python", "generations"]
 _ENDINGS: dict[str, Kind] = {
     ".txt": "txt", ".jsonl": "jsonl", ".jsonl.zst": "jsonl.zst", ".parquet": "parquet", ".arrow": "arrow",
 }  # fmt: skip
@@ -45,6 +46,8 @@ def find(settings: SourceConfig, root: Path) -> list[SourceFile | Passed]:
     if settings.path.startswith("python:"):
         module = settings.path.removeprefix("python:")
         return [SourceFile(path, name, "python", settings) for path, name in python_text.find(module)]
+    if settings.path.startswith(PREFIX):
+        return [SourceFile(_verdicts(root, settings.path), settings.path, "generations", settings)]
     found: list[SourceFile | Passed] = []
     for path, name in _starting_points(settings.path, root):
         if path.is_dir():
@@ -57,6 +60,13 @@ def find(settings: SourceConfig, root: Path) -> list[SourceFile | Passed]:
     if not any(isinstance(file, SourceFile) for file in found):
         raise RecipeError(f"corpus source {settings.path} holds no file that can be read: give {SUPPORTED}")
     return found
+
+
+def _verdicts(root: Path, given: str) -> Path:
+    path = root / given.removeprefix(PREFIX)
+    if not path.is_file():
+        raise RecipeError(f"corpus source {given} is not there yet: run `stillroom generate` on the recipe first")
+    return path
 
 
 def _starting_points(given: str, root: Path) -> list[tuple[Path, str]]:

@@ -80,6 +80,8 @@ def _words(annotation: Any) -> str:
         return f"list of {_words(arguments[0])}"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "section"
+    if hasattr(annotation, "WORDS"):
+        return str(annotation.WORDS)
     return _WORDS.get(annotation, getattr(annotation, "__name__", str(annotation)))
 
 

@@ -50,6 +50,8 @@ def _named(recipe: Recipe) -> Iterator[tuple[KeyPath, str, Callable[[str], bool]
     yield ("teacher", "model"), recipe.teacher.model, missing_model
     for number, source in enumerate(recipe.corpus.sources):
         yield ("corpus", "sources", number, "path"), source.path, missing_source
+    for number, prompts in enumerate(recipe.generate.prompts if recipe.generate else ()):
+        yield ("generate", "prompts", number, "path"), prompts.path, missing_source
     for number, student in enumerate(recipe.students):
         if student.model.from_ is not None:
             yield ("students", number, "model", "from"), student.model.from_, missing_model

@@ -84,7 +84,10 @@ def _section(model: type[BaseModel], values: dict[str, Any], known: dict[str, An
 
 
 def _started(section: type[BaseModel], info: FieldInfo, known: dict[str, Any]) -> dict[str, Any]:
-    """What is set in a section of defaults: nothing, or its first key where an empty section would read as null."""
+    """What is set in a section of defaults: what it has in this place alone, or its first key where an empty section
+    would read as null."""
+    if isinstance(info.default, BaseModel) and info.default.model_fields_set:
+        return {key: getattr(info.default, key) for key in sorted(info.default.model_fields_set)}
     if type(None) not in typing.get_args(info.annotation):
         return {}
     key, first = next(iter(keys_of(section).items()))

@@ -14,7 +14,8 @@ from stillroom.storage.manifest import Manifest
 from stillroom.storage.snapshot import Snapshot
 
 #: "config": `StudentConfig.numbers()`; "manifest", "snapshot": digests (None without a snapshot); "planned": of the
-#: snapshot's units alone, by which a student is known that began before all of them were scored.
+#: snapshot's units alone, by which a student is known that began before all of them were scored. "corpora": digests of
+#: the manifests that phases name, by path; left out where none does.
 Bindings = dict[str, Any]
 
 RESULT = "result.json"
@@ -23,11 +24,14 @@ EXPORT = "export"
 
 def bindings_of(job: StudentJob, manifest: Manifest, snapshot: Snapshot | None) -> Bindings:
     """All that must be the same for two runs to be one."""
+    corpora = {str(path): Manifest.open(path).digest for path in job.student.corpora()}
     return {
         "config": job.student.numbers(),
         "manifest": manifest.digest,
         "snapshot": None if snapshot is None else snapshot.digest,
         "planned": None if snapshot is None else snapshot.planned_digest,
+        # Not in those of a release that had none.
+        **({"corpora": corpora} if corpora else {}),
     }
 
 
@@ -44,6 +48,12 @@ def require_same(stored: Bindings, asked: Bindings, where: object) -> None:
         f"{key}: {stored[key]} there, {asked[key]} now"
         for key in ("manifest", "snapshot")
         if stored[key] != asked[key] and not (key == "snapshot" and began_open)
+    ]
+    there, now_there = stored.get("corpora", {}), asked.get("corpora", {})
+    differing += [
+        f"{path}: {there[path]} there, {now_there[path]} now"
+        for path in sorted(there.keys() & now_there.keys())
+        if there[path] != now_there[path]
     ]
     if differing:
         raise StudentError(

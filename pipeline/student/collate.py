@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stillroom.pipeline.student.features.targets import FeatureTargets, Wanted, feature_targets
 from stillroom.pipeline.student.losses import Targets
 from stillroom.storage.codecs.tail import tail_lse_at
 from stillroom.storage.records import Pack, Signal
@@ -25,7 +26,7 @@ class Batch:
     input_ids: int64 [B, T]. keep: bool [B, T], the positions whose logits are wanted, M in all, row by row.
     position_ids: int64 [B, T], from 0 in every sequence; None without packing.
     attention_mask: int64 [B, T], 1 on real tokens; None with packing, where the position ids say what is apart.
-    targets: at the M positions.
+    targets: at the M positions. features: the teacher's layers there, where they are learned from.
     """
 
     input_ids: Tensor
@@ -33,6 +34,7 @@ class Batch:
     position_ids: Tensor | None
     attention_mask: Tensor | None
     targets: Targets
+    features: FeatureTargets | None = None
 
     def to(self, device: torch.device) -> "Batch":
         return Batch(
@@ -41,6 +43,7 @@ class Batch:
             None if self.position_ids is None else self.position_ids.to(device),
             None if self.attention_mask is None else self.attention_mask.to(device),
             self.targets.to(device),
+            None if self.features is None else self.features.to(device),
         )
 
 
@@ -49,7 +52,9 @@ def real_tokens(pack: Pack) -> int:
     return int((pack.segment_ids >= 0).sum())
 
 
-def collate(packs: Seq[Pack], *, packing: bool, temperature: float, vocabulary: int) -> Batch:
+def collate(
+    packs: Seq[Pack], *, packing: bool, temperature: float, vocabulary: int, wanted: Wanted | None = None
+) -> Batch:
     """Rows are cut to the longest: padding that no row needs is not computed.
 
     Without packing a pack holds one sequence, and its row is padded on the right under an attention mask.
@@ -74,6 +79,7 @@ def collate(packs: Seq[Pack], *, packing: bool, temperature: float, vocabulary: 
         torch.from_numpy(positions_BT) if packing else None,
         None if packing else torch.from_numpy(mask_BT),
         _targets(packs, temperature, vocabulary),
+        None if wanted is None else feature_targets(packs, wanted, width=width),
     )
 
 

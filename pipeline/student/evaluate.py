@@ -1,45 +1,49 @@
 """How close the student is to its teacher and to the text, on held-out packs.
 
-Enters: the model and packs of the held-out split. Leaves: `Metrics`. Costs: one forward per pack.
+Enters: the model and packs of the held-out split. Leaves: `Metrics`. Costs: one forward per pack; with the head as a
+formula, logits of one slice of positions at a time, else those of a pack.
 
-All are means over trained positions, each counted once, at temperature 1:
-  kl          KL(teacher ‖ student) over the kept ids and one tail bucket, nats. By the log-sum inequality a lower
-              bound of the full-vocabulary KL; it is blind to how the student spreads the tail. From hidden states: over
-              the whole vocabulary. Not from draws, which give no unbiased KL.
-  top1        share of positions where the student's most likely id is the teacher's.
-  perplexity  exp of the mean −log q(next token).
-  ece         expected calibration error of the most likely id: 15 bins of equal width over its probability,
-              Σ share · |accuracy − confidence| (Guo et al. 2017, eq. 3).
+All are means over trained positions, each counted once, at temperature 1; what a store does not determine is None. The
+formulas are in `metrics`.
+  kl            KL(teacher ‖ student) over the kept ids and one tail bucket, nats. By the log-sum inequality a lower
+                bound of the full-vocabulary KL; it is blind to how the student spreads the tail. From hidden states:
+                over the whole vocabulary. Not from draws, which give no unbiased KL.
+  top1, top5    share of positions where the teacher's most likely id is the student's, or among its first five.
+  teacher_mass  probability that the teacher gives to the kept ids, and
+  student_mass  the student to the same. Above the teacher's: the student has taken the tail for empty.
+  perplexity    exp of the mean −log q(next token).
+  ece           expected calibration error of the student's most likely id against the text, 15 bins.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from stillroom.pipeline.student.collate import collate
-from stillroom.pipeline.student.forward import logits_at
-from stillroom.pipeline.student.losses import SLICE_ELEMENTS, Targets, bucket_kl, slices
+from stillroom.pipeline.student import metrics as measures
+from stillroom.pipeline.student.collate import Batch, collate
+from stillroom.pipeline.student.forward import hidden_at, logits_at
+from stillroom.pipeline.student.losses import SLICE_ELEMENTS, StudentHead, Targets, bucket_kl, slices
+from stillroom.pipeline.student.metrics import BINS
 from stillroom.pipeline.student.teaching import TOPK, Teaching
 from stillroom.storage.records import Pack
-
-BINS = 15
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """See the module's text. tokens: positions evaluated. kl and top1 are None where neither top-k nor hidden
-    states are read."""
+    """See the module's text. tokens: positions evaluated."""
 
     tokens: int
     kl: float | None
     top1: float | None
-    perplexity: float
-    ece: float
+    top5: float | None
+    teacher_mass: float | None
+    student_mass: float | None
+    perplexity: float | None
+    ece: float | None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -51,51 +55,66 @@ class _Sums:
 
     tokens: int = 0
     kl: float = 0.0
-    agree: int = 0
+    top1: int = 0
+    top5: int = 0
     signal: int = 0
+    teacher_mass: float = 0.0
+    student_mass: float = 0.0
+    kept: int = 0
     nll: float = 0.0
 
     def __post_init__(self) -> None:
-        self.bins = np.zeros((BINS, 3))  # count, confidence, correct
+        self.bins = np.zeros((BINS, 3))
 
     def add(self, logits_NV: Tensor, targets: Targets, teaching: Teaching) -> None:
         log_q_NV = logits_NV.float().log_softmax(-1)
         confidence_N, top_N = log_q_NV.max(-1)
-        label_N = log_q_NV.gather(-1, targets.labels[:, None]).squeeze(-1)
         self.tokens += len(top_N)
-        self.nll -= float(label_N.cpu().double().sum())
-        self._calibrate(confidence_N.exp().cpu().numpy(), (top_N == targets.labels).cpu().numpy())
+        self.nll -= _sum(log_q_NV.gather(-1, targets.labels[:, None]))
+        self.bins += measures.calibration_bins(
+            confidence_N.exp().cpu().numpy(), (top_N == targets.labels).cpu().numpy()
+        )
+        self._kept(log_q_NV, targets)
         rebuilt_NV = teaching.rebuilt(targets)
         if rebuilt_NV is not None:
-            log_p_NV = rebuilt_NV.log_softmax(-1)
-            kl_N = (log_p_NV.exp() * (log_p_NV - log_q_NV)).sum(-1)
-            self._signal(kl_N, top_N == rebuilt_NV.argmax(-1))
+            kl_N = measures.full_kl(rebuilt_NV.log_softmax(-1), log_q_NV)
+            self._signal(kl_N, measures.rank_of(log_q_NV, rebuilt_NV.argmax(-1)))
         elif targets.ids is not None:
             assert targets.logits is not None
             assert targets.tail_lse is not None
             kl_N = bucket_kl(logits_NV, targets.ids, targets.logits, targets.tail_lse, temperature=1.0)
-            self._signal(kl_N, top_N == targets.ids[:, 0])
+            self._signal(kl_N, measures.rank_of(log_q_NV, targets.ids[:, 0]))
 
-    def _signal(self, kl_N: Tensor, agree_N: Tensor) -> None:
-        self.kl += float(kl_N.cpu().double().sum())
-        self.agree += int(agree_N.sum())
+    def _kept(self, log_q_NV: Tensor, targets: Targets) -> None:
+        if targets.ids is None:
+            return
+        assert targets.logits is not None
+        assert targets.tail_lse is not None
+        self.teacher_mass += _sum(measures.teacher_mass(targets.logits, targets.tail_lse))
+        self.student_mass += _sum(measures.student_mass(log_q_NV, targets.ids))
+        self.kept += len(log_q_NV)
+
+    def _signal(self, kl_N: Tensor, rank_N: Tensor) -> None:
+        self.kl += _sum(kl_N)
+        self.top1 += int((rank_N == 0).sum())
+        self.top5 += int((rank_N < 5).sum())
         self.signal += len(kl_N)
 
-    def _calibrate(self, confidence: NDArray[np.float32], correct: NDArray[np.bool_]) -> None:
-        # Bins are open on the left: (0, 1/15], (1/15, 2/15] …
-        bin_N = np.clip(np.ceil(confidence.astype(np.float64) * BINS).astype(np.int64) - 1, 0, BINS - 1)
-        for column, values in enumerate((np.ones_like(confidence), confidence, correct.astype(np.float32))):
-            self.bins[:, column] += np.bincount(bin_N, weights=values, minlength=BINS)
-
     def metrics(self) -> Metrics:
-        count, confidence, correct = self.bins.T
         return Metrics(
             tokens=self.tokens,
-            kl=self.kl / self.signal if self.signal else None,
-            top1=self.agree / self.signal if self.signal else None,
-            perplexity=float(np.exp(self.nll / self.tokens)),
-            ece=float(np.abs(correct - confidence).sum() / count.sum()),
+            kl=measures.mean(self.kl, self.signal),
+            top1=measures.mean(self.top1, self.signal),
+            top5=measures.mean(self.top5, self.signal),
+            teacher_mass=measures.mean(self.teacher_mass, self.kept),
+            student_mass=measures.mean(self.student_mass, self.kept),
+            perplexity=measures.perplexity(self.nll, self.tokens),
+            ece=measures.calibration_error(self.bins),
         )
+
+
+def _sum(values: Tensor) -> float:
+    return float(values.cpu().double().sum())
 
 
 @torch.no_grad()
@@ -108,12 +127,14 @@ def evaluate(
     device: torch.device,
     autocast: bool,
     teaching: Teaching = TOPK,
+    head: StudentHead | None = None,
     between: Callable[[], None] = lambda: None,
 ) -> Metrics | None:
     """Metrics over the packs, or None if no position of theirs trains.
 
     teaching: where its part is "hidden", kl and top1 are against the rebuilt whole vocabulary.
-    between: called before every pack; may raise to stop.
+    head: the form of this architecture's output head (`student_head`); None: the model makes the logits of a pack at
+    once. between: called before every pack; may raise to stop.
     """
     sums = _Sums()
     rows = max(1, SLICE_ELEMENTS // vocabulary)
@@ -126,10 +147,20 @@ def evaluate(
                 continue
             batch = collate([pack], packing=packing, temperature=1.0, vocabulary=vocabulary).to(device)
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
-                logits_MV = logits_at(model, batch)
-            parts = zip(slices(logits_MV[:, :vocabulary], rows), batch.targets.split(rows), strict=True)
-            for logits_NV, targets in parts:
-                sums.add(logits_NV, targets, teaching)
+                for logits_NV, targets in _parts(model, batch, head, rows):
+                    with torch.autocast(device.type, enabled=False):
+                        sums.add(logits_NV[:, :vocabulary], targets, teaching)
     finally:
         model.train(was_training)
     return sums.metrics() if sums.tokens else None
+
+
+def _parts(model: Any, batch: Batch, form: StudentHead | None, rows: int) -> Iterable[tuple[Tensor, Targets]]:
+    """Logits [at most rows, V + padding] of consecutive positions, and their targets."""
+    if form is None:
+        given, head = logits_at(model, batch), None
+    else:
+        layer = model.get_output_embeddings()
+        given, head = hidden_at(model, batch), replace(form, weight=layer.weight, bias=layer.bias)
+    for part, targets in zip(slices(given, rows), batch.targets.split(rows), strict=True):
+        yield part if head is None else head.logits(part), targets

@@ -31,7 +31,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from stillroom.pipeline.student.losses import SLICE_ELEMENTS, slices
+from stillroom.pipeline.student.losses import SLICE_ELEMENTS, Objective, slices
 from stillroom.storage.calibration import HEAD_FORMAT, find_head, head_digest
 from stillroom.storage.codecs.tail import tail_lse_at
 from stillroom.storage.errors import CorruptShard, FormatMismatch, StudentError
@@ -215,31 +215,38 @@ def _fuse(rebuilt_MK: Tensor, stored_MK: Tensor, used_MK: Tensor, gap_step: floa
 
 
 def full_kl(student_logits_NV: Tensor, teacher_logits_NV: Tensor, *, temperature: float, weights_N: Tensor) -> Tensor:
-    """Σ_n w_n · T² · KL(teacher ‖ student) over the whole vocabulary, a scalar (Hinton et al. 2015, §2).
+    """Σ_n w_n · T² · KL(teacher ‖ student) over the whole vocabulary, a scalar (Hinton et al. 2015, §2)."""
+    return full_loss(student_logits_NV, teacher_logits_NV, objective=Objective(1.0, temperature), weights_N=weights_N)
+
+
+def full_loss(
+    student_logits_NV: Tensor, teacher_logits_NV: Tensor, *, objective: Objective, weights_N: Tensor
+) -> Tensor:
+    """Σ_n w_n · (the objective's output losses)_n over the whole vocabulary, a scalar.
 
     In float32, or float64 if the student's logits are. Gradients flow to the student's logits only. A teacher logit of
-    −inf is a probability of zero, and adds nothing whatever the student says there.
+    −inf is a probability of zero, and adds nothing to a forward KL whatever the student says there.
     """
     precise = torch.promote_types(student_logits_NV.dtype, torch.float32)
-    log_q_NV = torch.log_softmax(student_logits_NV.to(precise) / temperature, -1)
-    log_p_NV = torch.log_softmax(teacher_logits_NV.detach().to(precise) / temperature, -1)
-    some_NV = log_p_NV > -torch.inf
-    apart_NV = torch.where(some_NV, log_p_NV, 0.0) - torch.where(some_NV, log_q_NV, 0.0)
-    kl_N = (log_p_NV.exp() * apart_NV).sum(-1)
-    return temperature**2 * (kl_N * weights_N.to(precise)).sum()
+    student_NV = student_logits_NV.to(precise) / objective.temperature
+    teacher_NV = teacher_logits_NV.detach().to(precise) / objective.temperature
+    loss_N = objective.whole_vocabulary(
+        torch.log_softmax(teacher_NV, -1), torch.log_softmax(student_NV, -1), teacher_NV, student_NV
+    )
+    return (loss_N * weights_N.to(precise)).sum()
 
 
-def hidden_kl(
+def hidden_loss(
     student_logits_NV: Tensor,
     head: TeacherHead,
     hidden_ND: Tensor,
     kept: Kept | None,
     *,
-    temperature: float,
+    objective: Objective,
     weights_N: Tensor,
     slice_elements: int = SLICE_ELEMENTS // 2,
 ) -> Tensor:
-    """`full_kl` against the rebuilt teacher, slice by slice: its logits exist for one slice only.
+    """`full_loss` against the rebuilt teacher, slice by slice: its logits exist for one slice only.
 
     student_logits_NV: as the student returns them; columns beyond the head's vocabulary are padding and are cut off
     before the softmax. The gradient is made in the forward pass, in their dtype, so that the teacher's logits are
@@ -252,18 +259,18 @@ def hidden_kl(
             f"the student has {real_NV.shape[1]:,} output columns, the teacher's head {head.vocabulary:,}; "
             "give a student with the teacher's tokenizer"
         )
-    total: Tensor = _HiddenKL.apply(  # type: ignore[no-untyped-call]
-        real_NV, head, hidden_ND, kept, temperature, weights_N, rows
+    total: Tensor = _HiddenLoss.apply(  # type: ignore[no-untyped-call]
+        real_NV, head, hidden_ND, kept, objective, weights_N, rows
     )
     return total
 
 
-class _HiddenKL(torch.autograd.Function):
+class _HiddenLoss(torch.autograd.Function):
     """Sum and gradient of all slices in one pass."""
 
     @staticmethod
     def forward(
-        ctx: Any, student_NV: Tensor, head: TeacherHead, hidden_ND: Tensor, kept: Kept | None, temperature: float,
+        ctx: Any, student_NV: Tensor, head: TeacherHead, hidden_ND: Tensor, kept: Kept | None, objective: Objective,
         weights_N: Tensor, rows: int,
     ) -> Tensor:  # fmt: skip
         wanted = ctx.needs_input_grad[0]
@@ -272,10 +279,10 @@ class _HiddenKL(torch.autograd.Function):
         kept_parts = [None] * max(1, -(-len(student_NV) // rows)) if kept is None else kept.split(rows)
         parts = zip(*(slices(t, rows) for t in (student_NV, hidden_ND, weights_N)), kept_parts, strict=True)
         for number, (part_NV, hidden_PD, weights_P, kept_part) in enumerate(parts):
-            teacher_PV = full_logits(head, hidden_PD, kept_part, temperature=temperature)
+            teacher_PV = full_logits(head, hidden_PD, kept_part, temperature=objective.temperature)
             with torch.set_grad_enabled(wanted):
                 leaf_PV = part_NV.detach().requires_grad_(wanted)
-                part = full_kl(leaf_PV, teacher_PV, temperature=temperature, weights_N=weights_P)
+                part = full_loss(leaf_PV, teacher_PV, objective=objective, weights_N=weights_P)
             if wanted:
                 start = number * rows
                 ctx.grad_NV[start : start + rows] = torch.autograd.grad(part, leaf_PV)[0]
@@ -285,5 +292,5 @@ class _HiddenKL(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_NV, ctx.grad_NV = ctx.grad_NV, None
-        assert grad_NV is not None, "the gradient of hidden_kl can be asked for once"
+        assert grad_NV is not None, "the gradient of hidden_loss can be asked for once"
         return (grad_NV.mul_(grads[0]), None, None, None, None, None, None)

@@ -5,6 +5,7 @@ causal LM in float32 on the device, and its tokenizer. Costs: 4 bytes a paramete
 tokenizers only and come first.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from stillroom.pipeline.student.config import ModelConfig
 from stillroom.pipeline.student.cut import build_cut, layers_of
+from stillroom.pipeline.student.features.maps import Shape, shape_of
 from stillroom.storage.errors import StudentError, TokenizerMismatch, first_line
 from stillroom.storage.identity import tokenizer_digest
 
@@ -65,6 +67,17 @@ def check_student(
     # The tokenizer first: with another one, the vocabulary's size differs as well, and says less.
     check_tokenizer(tokenizer, source=source, expected=expected_tokenizer)
     check_vocabulary(config, source=source, vocabulary=vocabulary)
+
+
+def student_shape(model: ModelConfig, *, teacher: Path | None) -> Shape:
+    """Of a student that `check_student` has passed, by its config alone. Raises StudentError."""
+    source = teacher if model.cut is not None else model.from_
+    assert source is not None
+    config = _load_config(source)
+    shape = shape_of(config)
+    if model.cut is None:
+        return shape
+    return replace(shape, layers=len(layers_of(config, Path(source), model.cut.layers)))
 
 
 def build_student(

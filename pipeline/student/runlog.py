@@ -2,6 +2,9 @@
 
 Enters: records of steps and evaluations. Leaves: lines. Costs: some 300 bytes a step.
 
+TensorBoard: `train/…` of every `log_every`-th step (losses, gradient norm, tokens/s, share of the step spent waiting
+for data), `heldout/…` of every evaluation, `notices` as text.
+
 `log.jsonl` holds exactly the steps of the run: on resume it is cut back to the checkpoint, so no step is there twice.
 Records: {"kind": "step", "step": n (from 1), …} and {"kind": "evaluation", "step": n, …}.
 """
@@ -17,17 +20,26 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
+from stillroom.pipeline.student.watch import Watch
+
 LOG = "log.jsonl"
 #: What of a step's record goes to TensorBoard.
-SCALARS = ("loss", "kd", "ce", "lr", "grad_norm", "tokens_per_s", "data_wait")
+SCALARS = ("loss", "kd", "ce", "lr", "temperature", "alpha", "grad_norm", "tokens_per_s", "data_wait")
 
 
 class RunLog:
-    """Opened with the number of steps already done and checkpointed; later ones are dropped from the log."""
+    """Opened with the number of steps already done and checkpointed; later ones are dropped from the log, and those
+    before are seen again by the watch, which says nothing twice."""
 
-    def __init__(self, run_dir: Path, *, name: str, done: int, total: int, log_every: int) -> None:
+    def __init__(
+        self, run_dir: Path, *, name: str, done: int, total: int, log_every: int, watch: Watch | None = None
+    ) -> None:
         self._name, self._total, self._log_every = name, total, log_every
         cut_back(run_dir / LOG, done=done, total=total)
+        self._watch = watch
+        if watch is not None and (run_dir / LOG).exists():
+            for line in (run_dir / LOG).read_text().splitlines():
+                watch.see(json.loads(line))
         self._file = (run_dir / LOG).open("a")
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=done + 1)
         self._console = Console(stderr=True)
@@ -64,6 +76,7 @@ class RunLog:
         """A step's record; on disk before this returns."""
         step = record["step"]
         self._write({"kind": "step", **record})
+        self._see({"kind": "step", **record})
         loss = "skipped" if record["skipped"] else f"loss {record['loss']:.4f}"
         if self._bar:
             self._bar.update(self._task, completed=step, loss=f"{loss}  {record['tokens_per_s']:,.0f} tokens/s")
@@ -72,6 +85,8 @@ class RunLog:
         for key in SCALARS:
             if record[key] is not None:
                 self._board.add_scalar(f"train/{key}", record[key], step)
+        for key, value in record["features"].items():
+            self._board.add_scalar(f"train/features/{key}", value, step)
         if not self._bar:
             self.say(
                 f"{self._name}: step {step}/{self._total}  {loss}  lr {record['lr']:.2e}  "
@@ -86,6 +101,12 @@ class RunLog:
                 self._board.add_scalar(f"heldout/{key}", value, step)
         shown = "  ".join(f"{k} {v:,.4g}" for k, v in metrics.items() if v is not None)
         self.say(f"{self._name}: held-out after {step} steps: {shown}")
+        self._see({"kind": "evaluation", "step": step, **metrics})
+
+    def _see(self, record: dict[str, Any]) -> None:
+        for notice in self._watch.see(record) if self._watch else []:
+            self._board.add_text("notices", notice, record["step"])
+            self.say(f"notice: {self._name}: {notice}")
 
     def _write(self, record: dict[str, Any]) -> None:
         self._file.write(json.dumps(record) + "\n")

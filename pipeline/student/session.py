@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 from typing import Any, NoReturn, Protocol, cast
 
 import torch
@@ -22,9 +23,17 @@ from transformers.utils import logging as transformers_logging
 from stillroom.pipeline.student import checkpoint, rng
 from stillroom.pipeline.student.bindings import Bindings, bindings_of
 from stillroom.pipeline.student.checkpoint import Progress
-from stillroom.pipeline.student.config import StudentConfig, StudentJob, advice, student_window
+from stillroom.pipeline.student.config import (
+    StudentConfig,
+    StudentJob,
+    advice,
+    require_determined,
+    student_window,
+)
+from stillroom.pipeline.student.curriculum import Span, other_corpus, phase_steps, span_of
 from stillroom.pipeline.student.evaluate import evaluate
 from stillroom.pipeline.student.export import export_model, write_result
+from stillroom.pipeline.student.features.losses import Features
 from stillroom.pipeline.student.forward import check_selection
 from stillroom.pipeline.student.model import build_student, load_tokenizer
 from stillroom.pipeline.student.packing import check_packing
@@ -33,9 +42,10 @@ from stillroom.pipeline.student.signals import Stop, stopping
 from stillroom.pipeline.student.teaching import TOPK, Teaching
 from stillroom.pipeline.student.trainer import StepResult, Trainer
 from stillroom.pipeline.student.waiting import WaitEnded, Waiting
+from stillroom.pipeline.student.watch import Watch
 from stillroom.storage.errors import StudentError
 from stillroom.storage.manifest import Manifest
-from stillroom.storage.records import Pack
+from stillroom.storage.records import Pack, SignalSpec
 from stillroom.storage.snapshot import Snapshot
 from stillroom.storage.stream import Stream
 
@@ -68,14 +78,23 @@ class Session:
         self.manifest, self.snapshot = manifest, snapshot
         self.index = manifest.index()
         self.window = student_window(self.config, manifest.meta.window)
+        self.others = {path: other_corpus(path, manifest, self.window) for path in self.config.corpora()}
         self.device = choose_device(self.config.device)
         self.vocabulary = manifest.meta.vocabulary if snapshot is None else snapshot.identity.vocabulary
-        self.teaching = Teaching.of(self.config.losses.signal, snapshot, self.device) if snapshot else TOPK
+        # A student that learns from layers alone needs no output of the teacher.
+        distils = snapshot is not None and (self.config.distils or has_output(snapshot.identity.signal))
+        self.teaching = Teaching.of(self.config.losses.signal, snapshot, self.device) if snapshot and distils else TOPK
+        if snapshot:
+            for losses in self.config.all_losses():
+                require_determined(losses, self.teaching.part)
         self.bindings: Bindings = bindings_of(job, manifest, snapshot)
         self.waiting = self._waiting()
         self.checkpoints = job.run_dir / "checkpoints"
         self.tokenizer = load_tokenizer(job.tokenizer)
         self.model = self._model()
+        self.features = Features.of(
+            self.config, snapshot.identity.signal if snapshot else None, self.model, self.device
+        )
         train = self._stream(start=0)
         self.total_steps = total_steps(self.config, train)
         self.trainer = Trainer(
@@ -85,25 +104,28 @@ class Session:
             total_steps=self.total_steps,
             device=self.device,
             teaching=self.teaching,
+            features=self.features,
         )
         if self.config.packing:
             check_packing(self.model, first(train), device=self.device)
         self.heldout = self._stream(heldout=True) if self.index.heldout.any() else None
+        self.watch = Watch.of(self.config, steps=self.total_steps)
 
     def run(self) -> dict[str, Any]:
         # Before anything is restored: dropout of step 0 depends on the seed alone.
         rng.seed_all(self.config.seed)
         progress, notices = checkpoint.load_latest(
-            self.checkpoints, bindings=self.bindings, model=self.model, optimizer=self.trainer.optimizer
+            self.checkpoints, bindings=self.bindings, model=self.trainer.kept, optimizer=self.trainer.optimizer
         )
         with RunLog(
             self.job.run_dir, name=self.config.name, done=progress.step, total=self.total_steps,
-            log_every=self.config.log_every,
+            log_every=self.config.log_every, watch=self.watch,
         ) as log:  # fmt: skip
             if self.waiting:
                 self.waiting.say = lambda line: log.say(f"{self.config.name}: {line}")
             for notice in [*advice(self.config, self.teaching.part), *notices, *self._remarks(progress)]:
                 log.say(f"notice: {notice}")
+            log.say(f"{self.config.name}: {self.trainer.form}")
             if progress.step == 0 and not self._postponed(log):
                 progress = replace(progress, before=self._evaluate(log, step=0))
             progress = self._train(progress, log)
@@ -126,7 +148,7 @@ class Session:
 
     def _postponed(self, log: RunLog) -> bool:
         """Whether the evaluation before training would wait for teachers."""
-        if self.waiting is None or self.heldout is None:
+        if self.waiting is None or self.heldout is None or self._silent:
             return False
         lacking = self.heldout.units(self.config.eval_packs) - self.waiting.held().keys()
         if lacking:
@@ -151,13 +173,15 @@ class Session:
             self.config.model, teacher=self.job.teacher, tokenizer=self.tokenizer,
             expected_tokenizer=self.manifest.meta.tokenizer, vocabulary=self.vocabulary,
         ).to(self.device)  # fmt: skip
-        longest = int(self.index.tokens.max())
+        longest = max(int(index.tokens.max()) for index in (self.index, *(m.index() for m in self.others.values())))
         limit = getattr(model.config, "max_position_embeddings", None)
         if limit is not None and longest > limit:
             raise StudentError(
                 f"the corpus has sequences of {longest} tokens, the student reads at most {limit}: "
                 f"set corpus.window to {limit} or less, or choose another student"
             )
+        if any("attention" in features.parts() for features in self.config.all_features()):
+            model.set_attn_implementation("eager")  # the one that has maps
         check_selection(model, device=self.device)
         if self.config.gradient_checkpointing:
             # transformers renamed it between 5.19 and 5.23.
@@ -166,21 +190,47 @@ class Session:
         return model
 
     def _stream(self, *, heldout: bool = False, start: int = 0) -> Packs:
+        snapshot = None if heldout and self._silent else self.snapshot
         # Held-out packs are the same for every student: seed 0, one epoch.
         return cast(
             Packs,
             Stream(
-                manifest=self.manifest, snapshot=self.snapshot, heldout=heldout, window=self.window,
+                manifest=self.manifest, snapshot=snapshot, heldout=heldout, window=self.window,
                 seed=0 if heldout else self.config.seed, pack=self.config.packing, start=start,
-                epochs=1 if heldout else (self.config.epochs or (None if self.config.steps else 1)),
-                parts=self.teaching.reads, await_shard=self.waiting,
+                epochs=1 if heldout else epochs_of(self.config),
+                parts=self._reads(heldout), await_shard=self.waiting,
             ),
         )  # fmt: skip
+
+    def _other(self, corpus: Path, *, start: int) -> Packs:
+        """The text of another corpus, without signal."""
+        return cast(
+            Packs,
+            Stream(
+                manifest=self.others[corpus], snapshot=None, window=self.window, seed=self.config.seed,
+                pack=self.config.packing, start=start,
+            ),
+        )  # fmt: skip
+
+    @property
+    def _silent(self) -> bool:
+        """Whether the store has nothing to measure a student by."""
+        return self.snapshot is not None and not has_output(self.snapshot.identity.signal)
+
+    def _reads(self, heldout: bool) -> frozenset[str]:
+        """Parts of the store; held-out packs are measured on the output alone."""
+        inner = frozenset() if heldout or self.features is None else self.features.reads
+        return self.teaching.reads | inner
 
     def _remarks(self, progress: Progress) -> list[str]:
         remarks = []
         if progress.step:
             remarks.append(f"going on after step {progress.step} of {self.total_steps}, from its checkpoint")
+        if any("attention" in features.parts() for features in self.config.all_features()):
+            remarks.append(
+                "features.attention: the student runs with eager attention, which computes maps in full: slower, and "
+                "memory of heads · window² numbers a layer"
+            )
         if self.heldout is None:
             remarks.append("the manifest has no held-out sequences: nothing is evaluated")
         elif self.waiting and self.config.eval_every:
@@ -192,10 +242,18 @@ class Session:
 
     def _train(self, progress: Progress, log: RunLog) -> Progress:
         """From `progress` to the last step."""
-        if progress.step >= self.total_steps:
-            return progress
-        with closing(cast(Any, iter(self._stream(start=progress.packs)))) as packs:
-            while progress.step < self.total_steps:
+        while progress.step < self.total_steps:
+            progress = self._train_span(progress, log, span_of(self.config, self.total_steps, progress.step))
+        return progress
+
+    def _train_span(self, progress: Progress, log: RunLog, span: Span) -> Progress:
+        """To the end of the steps that read one corpus."""
+        # Phases have no epochs: each of their steps reads as many packs. Else the last of an epoch may be smaller.
+        packs_read = (span.before + progress.step - span.first) * self.config.batch_packs
+        start = packs_read if self.config.phases else progress.packs
+        stream = self._stream(start=start) if span.corpus is None else self._other(span.corpus, start=start)
+        with closing(cast(Any, iter(stream))) as packs:
+            while progress.step < span.stop:
                 began = time.perf_counter()
                 try:
                     group = list(islice(packs, self.config.batch_packs))
@@ -207,7 +265,7 @@ class Session:
                 took = time.perf_counter() - began
                 progress = advance(progress, result, packs=len(group), seconds=took)
                 progress = replace(progress, waited=progress.waited + waited)
-                log.step(step_record(progress.step, self.config, group, result, took=took, waited=waited))
+                log.step(step_record(progress.step, group, result, took=took, waited=waited))
                 self._between_steps(progress, log)
         return progress
 
@@ -233,7 +291,7 @@ class Session:
 
     def _save(self, progress: Progress) -> None:
         checkpoint.save(
-            self.checkpoints, progress=progress, bindings=self.bindings, model=self.model,
+            self.checkpoints, progress=progress, bindings=self.bindings, model=self.trainer.kept,
             optimizer=self.trainer.optimizer, keep_last=self.config.keep_last,
         )  # fmt: skip
 
@@ -245,7 +303,7 @@ class Session:
                 metrics = evaluate(
                     self.model, islice(packs, self.config.eval_packs), packing=self.config.packing,
                     vocabulary=self.vocabulary, device=self.device, autocast=self.trainer.autocast,
-                    teaching=self.teaching, between=self.stop.check,
+                    teaching=self.teaching, head=self.trainer.head, between=self.stop.check,
                 )  # fmt: skip
             except WaitEnded as error:
                 raise KeyboardInterrupt from error
@@ -271,10 +329,16 @@ class Session:
             "loss": progress.loss,
             "before": progress.before,
             "after": after,
+            "notices": self.watch.notices,
             "export": str(export),
         }
         write_result(self.job.run_dir, result)
         return result
+
+
+def has_output(spec: SignalSpec) -> bool:
+    """Whether the store holds what the teacher says, and not its inside alone."""
+    return bool(spec.topk or spec.sampled or spec.hidden)
 
 
 def choose_device(choice: str) -> torch.device:
@@ -294,10 +358,16 @@ def choose_device(choice: str) -> torch.device:
     return device
 
 
+def epochs_of(config: StudentConfig) -> int | None:
+    """How often the training split is read; None where the steps say when to stop."""
+    return config.epochs or (None if config.steps or config.phases else 1)
+
+
 def total_steps(config: StudentConfig, packs: Packs) -> int:
     """`steps`, or what the epochs hold; the last step of the last epoch may be smaller."""
-    if config.steps is not None:
-        return config.steps
+    steps = phase_steps(config) or config.steps
+    if steps is not None:
+        return steps
     count = sum(packs.packs_per_epoch(epoch) for epoch in range(config.epochs or 1))
     return -(-count // config.batch_packs)
 
@@ -322,18 +392,19 @@ def advance(progress: Progress, result: StepResult, *, packs: int, seconds: floa
     )
 
 
-def step_record(
-    step: int, config: StudentConfig, packs: list[Pack], result: StepResult, *, took: float, waited: float
-) -> dict[str, Any]:
+def step_record(step: int, packs: list[Pack], result: StepResult, *, took: float, waited: float) -> dict[str, Any]:
     """A line of `log.jsonl`: all of it but the two last is the same when the run is repeated."""
     return {
         "step": step,
         "loss": result.loss,
         "kd": result.kd,
         "ce": result.ce,
-        "lr": result.lr,
-        "temperature": config.losses.temperature,
-        "alpha": config.losses.alpha,
+        "features": result.features,
+        "lr": result.values.lr,
+        "temperature": result.values.temperature,
+        "alpha": result.values.alpha,
+        "weights": result.values.weights,
+        "phase": result.phase,
         "grad_norm": result.grad_norm,
         "skipped": result.skipped,
         "tokens": result.tokens,

@@ -9,31 +9,38 @@ grouped into micro-batches, and how many positions each holds, does not weigh.
 
 import math
 from collections.abc import Sequence as Seq
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from stillroom.pipeline.student.collate import collate, real_tokens
+from stillroom.pipeline.student.collate import Batch, collate, real_tokens
 from stillroom.pipeline.student.config import StudentConfig
-from stillroom.pipeline.student.forward import logits_at
-from stillroom.pipeline.student.schedules import learning_rate
-from stillroom.pipeline.student.teaching import TOPK, Teaching, distillation_loss
-from stillroom.storage.errors import NonFiniteLoss
+from stillroom.pipeline.student.curriculum import Stage, Values, stage_of, stages
+from stillroom.pipeline.student.features.config import FeaturesConfig
+from stillroom.pipeline.student.features.losses import Features, Together
+from stillroom.pipeline.student.forward import hidden_at, logits_at, student_head
+from stillroom.pipeline.student.losses import LossSums, Objective, StudentHead
+from stillroom.pipeline.student.teaching import TOPK, Teaching, distillation_loss, distillation_loss_fused
+from stillroom.storage.errors import NonFiniteLoss, StudentError
 from stillroom.storage.records import Pack
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
     """Means over the step's trained weight. kd holds the factor T². kd or ce is None if its coefficient is zero;
-    all are None in a skipped step. tokens: real ones read; trained: positions with loss."""
+    all are None in a skipped step. features: by name, each without its weight. values: what the step was done with;
+    phase: from 0. tokens: real ones read; trained: positions with loss."""
 
     loss: float | None
     kd: float | None
     ce: float | None
+    features: dict[str, float]
     grad_norm: float | None
-    lr: float
+    values: Values
+    phase: int
     tokens: int
     trained: int
     skipped: bool
@@ -56,6 +63,23 @@ def use_bf16(choice: bool | str, device: torch.device) -> bool:
     return bool(choice)
 
 
+def choose_head(model: Any, config: StudentConfig, device: torch.device) -> tuple[StudentHead | None, str]:
+    """The head for the fused form, or None for the plain form; and a line that says which and why.
+
+    Raises StudentError where `losses.fused` is true and the head has no formula.
+    """
+    if config.losses.fused is False:
+        return None, "output head and loss: the plain form (losses.fused is false)"
+    found = student_head(model, device=device)
+    if isinstance(found, StudentHead):
+        return found, "output head and loss: fused, in slices of positions"
+    if config.losses.fused is True:
+        raise StudentError(
+            f"losses.fused is true, but {type(model).__name__} cannot have it: {found}; set it to auto or false"
+        )
+    return None, f"output head and loss: the plain form ({type(model).__name__}: {found})"
+
+
 class Trainer:
     """Model, optimizer and the settings of a step."""
 
@@ -68,17 +92,28 @@ class Trainer:
         total_steps: int,
         device: torch.device,
         teaching: Teaching = TOPK,
+        features: Features | None = None,
     ) -> None:
         self.model = model
+        self.features = features
         self.config = config
         self.device = device
         self.autocast = use_bf16(config.bf16, device)
         self._vocabulary = vocabulary
         self._teaching = teaching
-        self._total_steps = total_steps
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(model, config.weight_decay), lr=config.lr, betas=config.betas
-        )
+        self.head, self.form = choose_head(model, config, device)
+        self._stages = stages(config, total_steps)
+        groups = parameter_groups(model, config.weight_decay)
+        learned = list(features.parameters()) if features else []
+        if learned:
+            groups.append({"params": learned, "weight_decay": config.weight_decay})
+        self._parameters = [*model.parameters(), *learned]
+        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
+
+    @property
+    def kept(self) -> Any:
+        """What a checkpoint holds: the model, and what is learned beside it."""
+        return self.model if self.features is None else Together(self.model, self.features)
 
     def step(self, packs: Seq[Pack], step: int) -> StepResult:
         """Optimizer step number `step`, from 0, on these packs.
@@ -86,56 +121,89 @@ class Trainer:
         Raises NonFiniteLoss naming them if loss or gradient is not finite and `on_nan` is "stop".
         """
         config = self.config
-        lr = learning_rate(
-            step, total_steps=self._total_steps, peak=config.lr, warmup_steps=config.warmup_steps,
-            schedule=config.schedule, min_ratio=config.min_lr_ratio,
-        )  # fmt: skip
+        stage = stage_of(self._stages, step)
+        values = stage.values(step, config)
+        objective = Objective.of(stage.losses, step - stage.first, stage.steps)
         tokens, trained = sum(map(real_tokens, packs)), sum(len(p.positions) for p in packs)
         weight = sum(float(p.weights.sum(dtype="f8")) for p in packs)
         if weight == 0.0:  # masks or weights of zero all through: nothing to learn from
-            return StepResult(
-                loss=None, kd=None, ce=None, grad_norm=None, lr=lr, tokens=tokens, trained=trained, skipped=True
-            )
+            return _skipped(values, stage, tokens, trained)
         self.model.train()
-        loss, kd, ce = self._backward(packs, weight)
+        loss, kd, ce, features = self._backward(packs, weight, objective, stage.features, values.weights)
         limit = math.inf if config.grad_clip is None else config.grad_clip
-        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
+        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, limit))
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:
             for group in self.optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = values.lr
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if not finite:
             if config.on_nan == "stop":
-                raise NonFiniteLoss(_explain(packs, step, loss, norm, lr))
-            return StepResult(
-                loss=None, kd=None, ce=None, grad_norm=None, lr=lr, tokens=tokens, trained=trained, skipped=True
-            )
-        return StepResult(loss=loss, kd=kd, ce=ce, grad_norm=norm, lr=lr, tokens=tokens, trained=trained, skipped=False)
+                raise NonFiniteLoss(_explain(packs, step, loss, norm, values.lr))
+            return _skipped(values, stage, tokens, trained)
+        return StepResult(
+            loss=loss, kd=kd, ce=ce, features=features, grad_norm=norm, values=values, phase=stage.number,
+            tokens=tokens, trained=trained, skipped=False,
+        )  # fmt: skip
 
-    def _backward(self, packs: Seq[Pack], weight: float) -> tuple[float, float | None, float | None]:
-        """Accumulate the step's gradient; return its mean loss, kd and ce."""
+    def _backward(
+        self,
+        packs: Seq[Pack],
+        weight: float,
+        objective: Objective,
+        asked: FeaturesConfig | None,
+        shares: dict[str, float],
+    ) -> tuple[float, float | None, float | None, dict[str, float]]:
+        """Accumulate the step's gradient; return its mean loss, kd, ce and feature losses. shares: these' weights."""
         config = self.config
+        asked = asked if shares else None
+        wanted = self.features.wanted(asked) if self.features and asked else None
+        inner: dict[str, list[Tensor | None]] = {name: [] for name in shares}
         sums: list[tuple[Tensor, Tensor | None, Tensor | None]] = []
         for start in range(0, len(packs), config.micro_packs):
             micro = packs[start : start + config.micro_packs]
             if not any(pack.weights.any() for pack in micro):
                 continue
             batch = collate(
-                micro, packing=config.packing, temperature=config.losses.temperature, vocabulary=self._vocabulary
-            ).to(self.device)
-            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast):
-                logits_MV = logits_at(self.model, batch)
-            part = distillation_loss(
-                logits_MV, batch.targets, alpha=config.losses.alpha,
-                temperature=config.losses.temperature, vocabulary=self._vocabulary, teaching=self._teaching,
-            )  # fmt: skip
-            (part.total / weight).backward()
-            sums.append((part.total.detach(), _detached(part.kd), _detached(part.ce)))
+                micro, packing=config.packing, temperature=objective.temperature, vocabulary=self._vocabulary,
+                wanted=wanted,
+            ).to(self.device)  # fmt: skip
+            with self.features.listening(asked) if self.features else nullcontext() as captured:
+                part = self._loss(batch, objective)
+            whole = part.total
+            if self.features and asked and captured:
+                assert batch.features is not None
+                found = self.features.losses(
+                    asked, captured, batch.keep, batch.features, batch.targets.weights, names=shares
+                )
+                for name, value in found.items():
+                    whole = whole + shares[name] * value
+                    inner[name].append(value.detach())
+            (whole / weight).backward()
+            sums.append((whole.detach(), _detached(part.kd), _detached(part.ce)))
         total, kd, ce = (_mean([row[i] for row in sums], weight) for i in range(3))
         assert total is not None
-        return total, kd, ce
+        means = {name: mean for name, parts in inner.items() if (mean := _mean(parts, weight)) is not None}
+        return total, kd, ce, means
+
+    def _loss(self, batch: Batch, objective: Objective) -> LossSums:
+        """Of one forward, with a gradient."""
+        settings: dict[str, Any] = {
+            "objective": objective, "vocabulary": self._vocabulary, "teaching": self._teaching,
+        }  # fmt: skip
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast):
+            if self.head is not None:
+                return distillation_loss_fused(hidden_at(self.model, batch), self.head, batch.targets, **settings)
+            logits_MV = logits_at(self.model, batch)
+        return distillation_loss(logits_MV, batch.targets, **settings)
+
+
+def _skipped(values: Values, stage: Stage, tokens: int, trained: int) -> StepResult:
+    return StepResult(
+        loss=None, kd=None, ce=None, features={}, grad_norm=None, values=values, phase=stage.number, tokens=tokens,
+        trained=trained, skipped=True,
+    )  # fmt: skip
 
 
 def _detached(tensor: Tensor | None) -> Tensor | None:

@@ -27,10 +27,10 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from stillroom.pipeline.cluster import session
+from stillroom.pipeline.cluster import Actors, session
 from stillroom.pipeline.options import unit_of
 from stillroom.pipeline.pool import Pool
-from stillroom.pipeline.recipe.schema import RayConfig
+from stillroom.pipeline.recipe.teacher_schema import RayConfig
 from stillroom.storage.identity import Identity
 from stillroom.storage.records import Receipt, Sequence, SignalSpec, TopKSpec, Unit
 from stillroom.storage.store import create_store
@@ -79,7 +79,11 @@ def _speed(turns: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as root, session(config):
         store = create_store(str(Path(root) / "store"), identity)
         store.save_plan([unit for unit, _ in work])
-        pool = Pool(lambda: remote_actor(num_cpus=2).remote(spec, identity, store.uri), config, print)
+
+        def create(**options: Any) -> Any:
+            return remote_actor(**options).remote(spec, identity, store.uri)
+
+        pool = Pool(Actors(create, config), config, print)
         pool.start()
 
         def piped(part: list[tuple[Unit, list[Sequence]]]) -> None:

@@ -84,8 +84,8 @@ def test_a_job_runs_where_stillroom_is_not_installed(cluster: Cluster, tmp_path:
 
 SHARED = """
 import ray
-from stillroom.pipeline.cluster import actor_options, session
-from stillroom.pipeline.recipe.schema import RayConfig
+from stillroom.pipeline.cluster import Actors, session
+from stillroom.pipeline.recipe.teacher_schema import RayConfig
 
 class Probe:
     def gpus(self):
@@ -94,8 +94,8 @@ class Probe:
 config = RayConfig(address="ADDRESS", actors=2, cpus_per_actor=0.5, gpus_per_actor=0.5, resources={"teachers": 1},
                    placement="pack", ship=False)
 with session(config):
-    probe = ray.remote(**actor_options(config))(Probe)
-    actors = [probe.remote() for _ in range(2)]
+    makes = Actors(lambda **options: ray.remote(**options)(Probe).remote(), config)
+    actors = [makes.make() for _ in range(2)]
     print(ray.get([actor.gpus.remote() for actor in actors], timeout=100))
 """
 

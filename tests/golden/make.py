@@ -3,7 +3,8 @@
 It adds what is not there. A store that is there is never made anew, of whatever version: that today's code reads it,
 bit for bit, is its use.
 What they hold is written out in `expected.json`, numbers as hexadecimal floats: the manifest's digest, and under its
-name what a reader sees of each store. v1 is of format 1, v2 of format 2.
+name what a reader sees of each store. v1 is of format 1, v2 of format 2, v3 of format 3, which stores with layers or
+attention maps have.
 """
 
 import json
@@ -13,8 +14,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stillroom.storage.identity import FORMAT_VERSION
-from stillroom.storage.records import HiddenSpec, NucleusSpec, SampledSpec, Sequence, Signal, SignalSpec, TopKSpec
+from stillroom.storage.identity import FORMAT_VERSION, LAYERS_FORMAT
+from stillroom.storage.records import (
+    AttentionSpec,
+    HiddenSpec,
+    LayersSpec,
+    NucleusSpec,
+    SampledSpec,
+    Sequence,
+    Signal,
+    SignalSpec,
+    TopKSpec,
+)
 from stillroom.storage.store import Store, open_store
 from tests.strategies import manifest_row, tiny_identity, tiny_manifest, tiny_store
 
@@ -28,7 +39,21 @@ SIGNALS = {
     "sampled": SignalSpec(sampled=SampledSpec(20)),
     "hidden": SignalSpec(hidden=HiddenSpec(8, "bfloat16")),
     "all": SignalSpec(TopKSpec(4, 1 / 8), SampledSpec(20), HiddenSpec(8, "bfloat16")),
-}
+    "layers": SignalSpec(layers=LayersSpec((0, 2), 8, "bfloat16")),
+    "layers float32": SignalSpec(layers=LayersSpec((1,), 8, "float32")),
+    "maps": SignalSpec(attention=AttentionSpec((0, 1), 16)),
+    "maps of heads": SignalSpec(attention=AttentionSpec((1,), 16, "per_head", 2, "float32")),
+    "every part": SignalSpec(
+        TopKSpec(4, 1 / 8), SampledSpec(20), HiddenSpec(8, "bfloat16"), LayersSpec((0, 2), 8, "bfloat16"),
+        AttentionSpec((1,), 16),
+    ),
+}  # fmt: skip
+
+
+def of_version(version: int) -> set[str]:
+    """The names of the stores that a format is written for; 1 had two of those of 2."""
+    late = {name for name, signal in SIGNALS.items() if signal.layers or signal.attention}
+    return {1: {"int16", "float32"}, 2: SIGNALS.keys() - late, 3: late}[version]
 
 
 def golden_sequences() -> list[Sequence]:
@@ -72,6 +97,10 @@ def signal_contents(signal: Signal) -> dict[str, Any]:
             said[name] = [row[:n] for row, n in zip(part.tolist(), drawn, strict=True)]
     if signal.hidden is not None:
         said["hidden"] = _hex(signal.hidden)
+    if signal.layers is not None:
+        said["layers"] = [_hex(row) for row in signal.layers]
+    if signal.attention is not None:
+        said["attention"] = _hex(signal.attention.values)
     return said
 
 
@@ -79,10 +108,12 @@ def _hex(array: NDArray[np.float32]) -> list[list[str]]:
     return [[float(x).hex() for x in row] for row in array]
 
 
-def make(folder: Path) -> None:
+def make(version: int) -> None:
+    folder = HERE / f"v{version}"
     sequences, path = golden_sequences(), folder / "expected.json"
     expected: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    for name in SIGNALS.keys() - expected.keys():
+    folder.mkdir(exist_ok=True)
+    for name in sorted(of_version(version) - expected.keys()):
         tiny_store(folder / name, sequences, identity=tiny_identity(signal=SIGNALS[name]), per_unit=3)
         expected[name] = contents(open_store(str(folder / name)))
     if "manifest" not in expected:
@@ -92,4 +123,5 @@ def make(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    make(HERE / f"v{FORMAT_VERSION}")
+    for version in (FORMAT_VERSION, LAYERS_FORMAT):
+        make(version)

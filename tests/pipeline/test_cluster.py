@@ -7,8 +7,8 @@ import pytest
 import ray
 from pydantic import ValidationError
 
-from stillroom.pipeline.cluster import JOB, actor_options, address_of, session, shipping
-from stillroom.pipeline.recipe.schema import RayConfig
+from stillroom.pipeline.cluster import JOB, Actors, address_of, session, shipping
+from stillroom.pipeline.recipe.teacher_schema import RayConfig
 
 
 @pytest.mark.parametrize(
@@ -26,9 +26,9 @@ def test_what_ray_would_refuse_hours_later_is_refused_at_once(given: dict[str, A
 
 
 def test_what_an_actor_asks_for() -> None:
-    assert actor_options(RayConfig()) == {"num_cpus": 1, "num_gpus": 0, "resources": {}}
+    assert Actors(dict, RayConfig()).make() == {"num_cpus": 1, "num_gpus": 0, "resources": {}}
     config = RayConfig(cpus_per_actor=0.5, gpus_per_actor=0.25, resources={"teachers": 1}, placement="spread")
-    assert actor_options(config) == {
+    assert Actors(dict, config).make() == {
         "num_cpus": 0.5, "num_gpus": 0.25, "resources": {"teachers": 1}, "scheduling_strategy": "SPREAD",
     }  # fmt: skip
 
@@ -66,6 +66,6 @@ def test_a_local_ray_has_what_its_actors_ask_for_and_is_heard_on_this_machine_al
         ]
         assert len(listening) > 4
         assert set(listening) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
-        group = actor_options(config)["scheduling_strategy"].placement_group
+        group = Actors(dict, config).make()["scheduling_strategy"].placement_group
         assert group.wait(30)
         assert group.bundle_specs == [{"CPU": 0.5, "teachers": 1.5}] * 2

@@ -8,7 +8,7 @@ import pytest
 
 from stillroom.pipeline.fidelity import require_described, require_taught
 from stillroom.pipeline.options import side_of
-from stillroom.pipeline.recipe.schema import SignalConfig
+from stillroom.pipeline.recipe.signal_schema import SignalConfig
 from stillroom.pipeline.rescore import rescore_store
 from stillroom.pipeline.sources import _require_readable
 from stillroom.storage.care.verify import verify_store

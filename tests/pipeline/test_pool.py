@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import ray
 
-from stillroom.pipeline.cluster import session
+from stillroom.pipeline.cluster import Actors, session
 from stillroom.pipeline.pool import Failed, Pool, Work
-from stillroom.pipeline.recipe.schema import RayConfig
+from stillroom.pipeline.recipe.teacher_schema import RayConfig
 from stillroom.storage.errors import BadLogits, IdentityMismatch, StoreFull, TeacherError
 from stillroom.storage.records import Receipt, Unit
 from stillroom.workers.teacher import TruthRequest
@@ -82,8 +82,10 @@ def said() -> list[str]:
 
 
 def pool(folder: Path, said: list[str], loading: str = "", config: RayConfig = CONFIG) -> Pool:
-    actor = ray.remote(num_cpus=0.5, max_concurrency=2)(Scripted)
-    made = Pool(lambda: actor.remote(folder, loading), config, said.append)
+    def create(**options: Any) -> Any:
+        return ray.remote(max_concurrency=2, **options)(Scripted).remote(folder, loading)
+
+    made = Pool(Actors(create, config), config, said.append)
     try:
         made.start()
     except BaseException:

@@ -8,7 +8,7 @@ from stillroom.pipeline.recipe import Recipe, check_files, load_recipe, notices,
 from stillroom.pipeline.recipe.document import KeyPath
 from stillroom.pipeline.recipe.fields import fields_of, meaning
 from stillroom.pipeline.recipe.reference import reference_rows, reference_text
-from stillroom.pipeline.recipe.schema import TopKConfig
+from stillroom.pipeline.recipe.signal_schema import TopKConfig
 from stillroom.pipeline.recipe.starter import write_starter
 from stillroom.storage.errors import RecipeError, UsageError
 from stillroom.storage.records import HiddenSpec, NucleusSpec, SampledSpec, SignalSpec, TopKSpec
@@ -46,12 +46,14 @@ def recipe_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def below_null(path: KeyPath) -> bool:
-    """Whether a field lies in a part of the signal that is not kept unless asked for: its section is said as null."""
+    """Whether a field lies in a section that is not there unless asked for: it is said as null."""
     return any(
         path[: len(section)] == section and path != section
         for section in (
             ("signal", "topk", "nucleus"),
             *(("signal", part) for part in ("sampled", "hidden", "layers", "attention")),
+            *(("students", 0, section) for section in ("features", "phases")),
+            ("generate",),
         )
     )
 

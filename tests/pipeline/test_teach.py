@@ -10,7 +10,8 @@ import pytest
 from stillroom.pipeline.founding import require_room
 from stillroom.pipeline.ledger import Ledger
 from stillroom.pipeline.process import only_one, terminable, uninterrupted
-from stillroom.pipeline.recipe.schema import RayConfig, Recipe
+from stillroom.pipeline.recipe.schema import Recipe
+from stillroom.pipeline.recipe.teacher_schema import RayConfig
 from stillroom.storage.errors import StillroomError, StoreFull, TeacherError
 
 MINIMAL = {"name": "n", "teacher": {"model": "m"}, "corpus": {"sources": ["s"]}}

@@ -21,7 +21,7 @@ def config(**fields: Any) -> StudentConfig:
     [
         ({"losses": {"temperature": 0.5}}, "1 … 10: the store keeps"),
         ({"losses": {"temperature": 11}}, "1 … 10: the store keeps"),
-        ({"losses": {"alpha": 1.5}}, "less than or equal to 1"),
+        ({"losses": {"alpha": 1.5}}, "must lie in 0 … 1, got 1.5"),
         ({"steps": 5, "epochs": 1}, "not both"),
         ({"batch_packs": 6, "micro_packs": 4}, "multiple of micro_packs"),
         ({"model": {}}, "give one of `from`"),

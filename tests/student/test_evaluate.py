@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from stillroom.pipeline.student.evaluate import BINS, evaluate
+from stillroom.pipeline.student.evaluate import evaluate
+from stillroom.pipeline.student.metrics import BINS
 from stillroom.storage.records import Pack, Sequence
 from tests.student.world import World, documents_of, pack_of, score
 

@@ -9,8 +9,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from stillroom.pipeline.student.collate import collate
-from stillroom.pipeline.student.forward import check_selection, logits_at, model_inputs
+from stillroom.pipeline.student.config import StudentConfig
+from stillroom.pipeline.student.forward import check_selection, hidden_at, logits_at, model_inputs, student_head
+from stillroom.pipeline.student.losses import StudentHead
 from stillroom.pipeline.student.packing import check_packing, segments_of
+from stillroom.pipeline.student.trainer import choose_head
 from stillroom.storage.errors import PackingUnsafe, StudentError
 from stillroom.storage.records import Pack, Sequence
 from tests.student.world import pack_of
@@ -70,6 +73,57 @@ def test_a_head_that_mixes_positions_is_refused(tmp_path: Path) -> None:
     model.lm_head = Mixing()
     with pytest.raises(StudentError, match="differ from the model's own"):
         check_selection(model, device=CPU)
+
+
+HEADS: dict[str, dict[str, Any]] = {
+    "llama": {}, "qwen3": {}, "gpt2": {}, "gemma3_text": {"final_logit_softcapping": 3.0},
+    "cohere": {"logit_scale": 0.25}, "granite": {"logits_scaling": 4.0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("arch", HEADS)
+def test_a_head_is_known_as_a_formula(arch: str, tmp_path: Path) -> None:
+    """Scales and soft caps too: the formula on what the head is given is what the model itself says."""
+    model = tiny_model(tmp_path, arch=arch, vocabulary=96, **HEADS[arch]).train()
+    head = student_head(model, device=CPU)
+    assert isinstance(head, StudentHead)
+    assert head.weight is model.get_output_embeddings().weight, "the parameter itself, so that a tied one stays one"
+    assert model.training
+    expected = (1.0, 3.0) if arch == "gemma3_text" else ({"cohere": 0.25, "granite": 0.25}.get(arch, 1.0), None)
+    assert (head.scale, head.softcap) == expected
+    model.eval()
+    batch = collate(packs((9, 5, 12), (20,)), packing=True, temperature=1.0, vocabulary=96)
+    with torch.no_grad():
+        hidden_MD, own_MV = hidden_at(model, batch), logits_at(model, batch)
+    assert torch.allclose(head.logits(hidden_MD), own_MV, atol=1e-4 * float(own_MV.abs().max()))
+
+
+def test_the_head_runs_on_no_position_where_hidden_states_are_asked_for(tmp_path: Path) -> None:
+    model, rows = tiny_model(tmp_path, vocabulary=96), []
+    model.lm_head.register_forward_hook(lambda _head, _args, logits: rows.append(logits.numel()))
+    batch = collate(packs((9, 5)), packing=True, temperature=1.0, vocabulary=96)
+    hidden_at(model, batch).sum().backward()
+    assert rows == [0]
+    assert model.model.norm.weight.grad is not None
+
+
+def test_where_there_is_no_formula_the_plain_form_is_used_and_said(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path, vocabulary=96)
+
+    def chosen(fused: bool | str) -> tuple[StudentHead | None, str]:
+        settings = {"name": "a", "model": {"from": "x"}, "losses": {"fused": fused}}
+        return choose_head(model, StudentConfig.model_validate(settings), CPU)
+
+    assert "fused, in slices" in chosen("auto")[1]
+    head, said = chosen(False)
+    assert head is None
+    assert "losses.fused is false" in said
+    model.lm_head = torch.nn.Sequential(model.lm_head)
+    head, said = chosen("auto")
+    assert head is None
+    assert "plain form (LlamaForCausalLM: its output head is a Sequential" in said
+    with pytest.raises(StudentError, match=r"losses\.fused is true, but LlamaForCausalLM"):
+        chosen(True)
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen3", "gpt2", "gemma3_text"])

@@ -17,10 +17,11 @@ from stillroom.pipeline.student.full_logits import (
     TeacherHead,
     full_kl,
     full_logits,
-    hidden_kl,
+    hidden_loss,
     load_head,
     read_head,
 )
+from stillroom.pipeline.student.losses import Objective
 from stillroom.storage.calibration import head_path
 from stillroom.storage.errors import CorruptShard, FormatMismatch, StoreError, StudentError
 from stillroom.storage.files import LocalFiles, sha256_hex
@@ -29,6 +30,7 @@ from tests.strategies import topk_of
 
 CPU = torch.device("cpu")
 M, D, V = 5, 16, 60
+T1 = Objective(1.0, 1.0)
 
 
 def head(seed: int = 0, *, dtype: torch.dtype = torch.float32, biased: bool = False, **form: Any) -> TeacherHead:
@@ -208,9 +210,10 @@ def test_slices_give_the_whole_loss_and_gradient(rows: int, dtype: torch.dtype) 
     weights = torch.rand(11, generator=generator)
 
     def loss(slice_elements: int) -> Tensor:
-        return hidden_kl(
-            logits, teacher, states, kept, temperature=2.0, weights_N=weights, slice_elements=slice_elements
-        )
+        return hidden_loss(
+            logits, teacher, states, kept, objective=Objective(1.0, 2.0), weights_N=weights,
+            slice_elements=slice_elements,
+        )  # fmt: skip
 
     sliced = loss(rows * V + 1)
     (3.0 * sliced).backward()
@@ -228,14 +231,14 @@ def test_slices_give_the_whole_loss_and_gradient(rows: int, dtype: torch.dtype) 
 
 def test_no_positions_are_a_loss_of_zero() -> None:
     logits = torch.zeros(0, V, requires_grad=True)
-    loss = hidden_kl(logits, head(), hidden(0, rows=0), None, temperature=1.0, weights_N=torch.zeros(0))
+    loss = hidden_loss(logits, head(), hidden(0, rows=0), None, objective=T1, weights_N=torch.zeros(0))
     loss.backward()
     assert float(loss.detach()) == 0
 
 
 def test_the_gradient_is_given_once() -> None:
     logits = torch.zeros(M, V, requires_grad=True)
-    loss = hidden_kl(logits, head(), hidden(0), None, temperature=1.0, weights_N=torch.ones(M))
+    loss = hidden_loss(logits, head(), hidden(0), None, objective=T1, weights_N=torch.ones(M))
     loss.backward(retain_graph=True)
     with pytest.raises(AssertionError, match="once"):
         loss.backward()
@@ -251,7 +254,7 @@ def test_other_widths_are_refused() -> None:
     with pytest.raises(StudentError, match="another teacher's"):
         head().logits(torch.zeros(2, D + 1))
     with pytest.raises(StudentError, match="output columns"):
-        hidden_kl(torch.zeros(2, V - 1), head(), hidden(0, 2), None, temperature=1.0, weights_N=torch.ones(2))
+        hidden_loss(torch.zeros(2, V - 1), head(), hidden(0, 2), None, objective=T1, weights_N=torch.ones(2))
 
 
 def stored(**change: Any) -> bytes:

@@ -11,17 +11,27 @@ from torch import Tensor
 
 from stillroom.pipeline.student.collate import _targets
 from stillroom.pipeline.student.losses import (
+    Objective,
     Targets,
     bucket_kl,
     combine,
     cross_entropy,
-    forward_kl,
+    sparse_loss,
 )
 from stillroom.pipeline.student.teaching import distillation_loss
 from stillroom.storage.records import Sequence
 from tests.student.world import pack_of, topk_of
 
 TEMPERATURES = (1.0, 2.0, 4.0, 8.0)
+
+
+def forward_kl(
+    student_NV: Tensor, ids_NK: Tensor, logits_NK: Tensor, tail_N: Tensor, *, temperature: float, weights_N: Tensor
+) -> Tensor:
+    """The default objective's loss."""
+    labels = torch.zeros(len(ids_NK), dtype=torch.long)
+    targets = Targets(labels, weights_N, ids_NK, logits_NK, tail_N)
+    return sparse_loss(student_NV, targets, objective=Objective(1.0, temperature))
 
 
 def logits(seed: int, n: int = 12, v: int = 97, spread: float = 3.0) -> Tensor:
@@ -201,7 +211,7 @@ def whole(alpha: float, slice_elements: int) -> tuple[float, Tensor]:
     targets = Targets(torch.arange(12) % 97, torch.linspace(0.5, 2.0, 12), ids, kept.float(), tail.float())
     student = torch.cat([logits(2).float(), torch.full((12, 6), 50.0)], -1).requires_grad_()
     sums = distillation_loss(
-        student, targets, alpha=alpha, temperature=2.0, vocabulary=97, slice_elements=slice_elements
+        student, targets, objective=Objective(alpha, 2.0), vocabulary=97, slice_elements=slice_elements
     )
     sums.total.backward()
     assert student.grad is not None
@@ -230,7 +240,7 @@ def test_parts_mix_by_alpha_and_weights() -> None:
     ids, kept, tail = keep(teacher_NV, 97, 2.0)
     labels, weights_N = torch.arange(12), torch.linspace(0.0, 2.0, 12, dtype=torch.float64)
     sums = distillation_loss(
-        student_NV, Targets(labels, weights_N, ids, kept, tail), alpha=0.25, temperature=2.0, vocabulary=97
+        student_NV, Targets(labels, weights_N, ids, kept, tail), objective=Objective(0.25, 2.0), vocabulary=97
     )
     ce = -(student_NV.log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1) * weights_N).sum()
     kd = 4.0 * (dense_kl(student_NV, teacher_NV, 2.0) * weights_N).sum()
@@ -252,4 +262,4 @@ def test_no_positions_give_zero() -> None:
         torch.zeros(0),
     )  # fmt: skip
     student = torch.zeros(0, 97, requires_grad=True)
-    assert distillation_loss(student, empty, alpha=0.7, temperature=2.0, vocabulary=97).total.item() == 0.0
+    assert distillation_loss(student, empty, objective=Objective(0.7, 2.0), vocabulary=97).total.item() == 0.0

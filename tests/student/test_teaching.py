@@ -14,7 +14,7 @@ from stillroom.pipeline.student.config import StudentConfig
 from stillroom.pipeline.student.evaluate import evaluate
 from stillroom.pipeline.student.forward import logits_at
 from stillroom.pipeline.student.full_logits import TeacherHead, load_head
-from stillroom.pipeline.student.losses import LossSums, Targets, combine
+from stillroom.pipeline.student.losses import LossSums, Objective, Targets, combine
 from stillroom.pipeline.student.losses import cross_entropy as hard_loss
 from stillroom.pipeline.student.teaching import Teaching, distillation_loss
 from stillroom.pipeline.student.trainer import Trainer
@@ -105,10 +105,19 @@ def student_of(tmp: Path, world: World, seed: int = 3) -> Any:
     return tiny_model(tmp / "student", vocabulary=world.vocabulary, layers=1, seed=seed)
 
 
-def steps(model: Any, shelf: Shelf, teaching: Any, *, temperature: float, count: int = 10) -> list[float]:
+def steps(
+    model: Any,
+    shelf: Shelf,
+    teaching: Any,
+    *,
+    temperature: float,
+    count: int = 10,
+    fused: bool = True,
+    more: dict[str, Any] | None = None,
+) -> list[float]:
     config = StudentConfig.model_validate(
         {"name": "a", "model": {"from": "x"}, "lr": 3e-3, "warmup_steps": 0, "steps": count, "batch_packs": 2,
-         "losses": {"alpha": 0.7, "temperature": temperature}}
+         "losses": {"alpha": 0.7, "temperature": temperature, "fused": fused} | (more or {})}
     )  # fmt: skip
     trainer = Trainer(model, config, vocabulary=shelf.vocabulary, total_steps=count, device=CPU, teaching=teaching)
     packs = shelf.packs(parts=("topk", "hidden"))
@@ -119,8 +128,8 @@ def steps(model: Any, shelf: Shelf, teaching: Any, *, temperature: float, count:
 class Dense(Teaching):
     """The oracle: full-vocabulary KL against the live teacher's own logits of the same positions."""
 
-    def loss(self, logits_NV: Tensor, targets: Targets, *, temperature: float) -> Tensor:
-        live_NV = next(_LIVE)
+    def loss(self, logits_NV: Tensor, targets: Targets, *, objective: Objective) -> Tensor:
+        live_NV, temperature = next(_LIVE), objective.temperature
         assert live_NV.shape == logits_NV.shape
         log_q_NV = (logits_NV / temperature).log_softmax(-1)
         log_p_NV = (live_NV / temperature).log_softmax(-1)
@@ -144,6 +153,30 @@ def live_logits(live: Any, pack: Pack, vocabulary: int) -> Tensor:
     return torch.cat(found)
 
 
+OUTPUTS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "all": {"forward_kl": 0.5, "reverse_kl": 0.5, "js": {"weight": 1, "mixing": 0.3}, "tv": 0.2, "mse": 5},
+    "cosine": {"forward_kl": 1, "cosine": 2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("part", "output"), [("topk", "default"), ("topk", "all"), ("hidden", "all"), ("hidden", "cosine")]
+)
+def test_fused_steps_are_those_of_the_plain_form(
+    tmp_path: Path, world: World, exact: Shelf, part: str, output: str
+) -> None:
+    """Ten steps of AdamW on a tied embedding, in micro-batches, with smoothed labels: the same losses, which fall."""
+    runs = {}
+    for fused in (True, False):
+        runs[fused] = steps(
+            student_of(tmp_path, world), exact, Teaching.of(part, exact.snapshot, CPU), temperature=3.0, fused=fused,
+            more={"label_smoothing": 0.05} | ({"output": OUTPUTS[output]} if OUTPUTS[output] else {}),
+        )  # fmt: skip
+    np.testing.assert_allclose(runs[True], runs[False], rtol=1e-4)
+    assert runs[True][-1] < runs[True][0]
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
 def test_a_student_of_hidden_states_trains_as_one_of_the_live_teacher(
     tmp_path: Path, world: World, live: Any, exact: Shelf, temperature: float, monkeypatch: pytest.MonkeyPatch
@@ -154,7 +187,7 @@ def test_a_student_of_hidden_states_trains_as_one_of_the_live_teacher(
     dense = [live_logits(live, pack, exact.vocabulary) for pack in exact.packs(parts=("topk", "hidden"))]
     order = [dense[j % 4] for i in range(10) for j in (2 * i, 2 * i + 1)]
     monkeypatch.setitem(globals(), "_LIVE", iter(order))
-    oracle = steps(student_of(tmp_path, world), exact, Dense("dense"), temperature=temperature)
+    oracle = steps(student_of(tmp_path, world), exact, Dense("dense"), temperature=temperature, fused=False)
     assert stored[-1] < stored[0]
     np.testing.assert_allclose(stored, oracle, rtol=1e-3)
 
@@ -176,7 +209,11 @@ def test_gradients_of_draws_approach_the_dense_one(tmp_path: Path, world: World,
             drawn_counts=torch.from_numpy(drawn.counts.astype(np.int64)),
         )  # fmt: skip
         loss = distillation_loss(
-            student_NV, targets, alpha=1.0, temperature=1.0, vocabulary=exact.vocabulary, teaching=Teaching("sampled")
+            student_NV,
+            targets,
+            objective=Objective(1.0, 1.0),
+            vocabulary=exact.vocabulary,
+            teaching=Teaching("sampled"),
         )
         total_NV += torch.autograd.grad(loss.total, student_NV)[0]
         errors[number] = float((total_NV / number - dense_NV).norm() / dense_NV.norm())
@@ -205,7 +242,7 @@ def test_slices_change_rounding_only(all_parts: Shelf, part: str, alpha: float, 
     def loss(elements: int) -> tuple[LossSums, Tensor]:
         logits_NV = start_NV.clone().requires_grad_()
         found = distillation_loss(
-            logits_NV, batch.targets, alpha=alpha, temperature=temperature, vocabulary=all_parts.vocabulary,
+            logits_NV, batch.targets, objective=Objective(alpha, temperature), vocabulary=all_parts.vocabulary,
             teaching=teaching, slice_elements=elements,
         )  # fmt: skip
         return found, torch.autograd.grad(found.total, logits_NV)[0]

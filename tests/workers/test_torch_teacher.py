@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stillroom.storage.errors import BadLogits, TeacherError
+from stillroom.storage.fidelity.measure import noise
 from stillroom.storage.identity import Identity, real_vocabulary
 from stillroom.storage.records import (
     BETAS,
@@ -24,6 +25,7 @@ from stillroom.storage.records import (
     TopK,
     TopKSpec,
 )
+from stillroom.workers.sanity import MOST_KL
 from stillroom.workers.teacher import TeacherSpec
 from stillroom.workers.torch_teacher import TorchTeacher
 from tests.strategies import exact_lse
@@ -82,11 +84,13 @@ def score(teacher: TorchTeacher, sequences: list[Sequence], *, k: int) -> list[T
 
 
 @torch.inference_mode()
-def full_logits(folder: Path, sequence: Sequence, vocabulary: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+def full_logits(
+    folder: Path, sequence: Sequence, vocabulary: int, dtype: torch.dtype = torch.float32
+) -> np.ndarray[Any, np.dtype[np.float64]]:
     """[R, V] of one document alone."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     logits = model(torch.from_numpy(sequence.input_ids.astype(np.int64))[None]).logits[0]
-    return np.asarray(logits[sequence.first_position :, :vocabulary].numpy(), np.float64)
+    return np.asarray(logits[sequence.first_position :, :vocabulary].float().numpy(), np.float64)
 
 
 def assert_rows(block: TopK, logits_RV: np.ndarray[Any, np.dtype[np.float64]], tolerance: float = 1e-4) -> None:
@@ -118,6 +122,31 @@ def test_like_each_document_alone(folder: Folder, arch: str, padded: int) -> Non
         assert len(block) == sequence.rows
         assert int(block.ids.max()) < teacher.vocabulary
         assert_rows(block, full_logits(where, sequence, teacher.vocabulary))
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen3", "gpt2", "gemma2"])
+def test_in_bfloat16_batches_move_rows_within_the_band_that_is_stated(folder: Folder, arch: str) -> None:
+    """Against each document alone through the model's own forward: in bfloat16 (of so small a model often the same
+    bits), and in float32."""
+    where = folder(arch, padded=16)
+    teacher = TorchTeacher(spec(where, dtype="bfloat16", batch_tokens=64, slice_positions=9))
+    asked = sequences(teacher.vocabulary)
+    positions = {s.digest: range(s.first_position, len(s.input_ids)) for s in asked}
+    pairs, wide = [], []
+    for order in (range(6), (4, 0, 5, 3, 1, 2)):
+        batch = [asked[i] for i in order]
+        truth = teacher.score_with_truth(batch, signal=SignalSpec(TopKSpec(K)), positions=positions).truth
+        for s in batch:
+            alone = full_logits(where, s, teacher.vocabulary, torch.bfloat16).astype(np.float32)
+            exact = full_logits(where, s, teacher.vocabulary).astype(np.float32)
+            names = [(s.digest, t) for t in positions[s.digest]]
+            pairs.append((truth[s.digest], alone, names))
+            wide.append((truth[s.digest], exact, names))
+    for compared in (pairs, wide):
+        band = noise(compared, vocabulary=teacher.vocabulary, temperatures=(1.0,)).rows[0]
+        assert band.kl_nats <= MOST_KL["bfloat16"]
+        assert band.kl_worst_nats <= 5 * MOST_KL["bfloat16"]
+    assert band.kl_nats > 0, "bfloat16 is not float32"
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 46, 80, 4096])

