@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import ray
@@ -237,7 +237,7 @@ class GeneratorActor:
         if self._loaded is None:
             from stillroom.workers.vllm_generator import VllmGenerator  # a teacher that scores must not need it
 
-            generator = VllmGenerator(self._spec)
+            generator = VllmGenerator(self._spec, on_death=lambda: _end_process("its process is gone"))
             found = GenerationIdentity(
                 teacher=self._identity.teacher, decoding=self._spec.decoding, **generator.identity_parts()
             )
@@ -257,8 +257,7 @@ class GeneratorActor:
         try:
             responses = generator.generate(prompts)
         except EngineDead as error:
-            print(f"the engine is dead, and this actor ends with it: {error}", file=sys.stderr, flush=True)
-            os._exit(1)
+            _end_process(str(error))
         shard = write_generations(open_files(self._store), self._identity, unit, responses, generator.provenance())
         return Receipt(
             shard=shard,
@@ -274,6 +273,11 @@ class GeneratorActor:
         if self._loaded is not None:
             self._loaded.release()
             self._loaded = None
+
+
+def _end_process(why: str) -> NoReturn:
+    print(f"the engine is dead, and this actor ends with it: {why}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def remote_generator(**options: Any) -> Any:

@@ -1,7 +1,7 @@
 """Any model that vLLM runs, as a generator. The one file that imports vllm.
 
 Enters: a `GeneratorSpec`, prompts as token ids. Leaves: responses with the logprob of each token. Costs: starting the
-engine (SmolLM2 on two CPU cores: 20 s alone, twice that beside other work), the weights, and the cache of keys and
+engine (SmolLM2 on two busy CPU cores: 38 to 51 s, half of it importing vllm), the weights, and the cache of keys and
 values.
 
 What vLLM says and what is kept (0.32): `token_ids` of an output include the end-of-sequence token and the tokens of a
@@ -12,6 +12,9 @@ a response would depend on how many others were asked for. Prefix caching makes 
 
 import gc
 import os
+import threading
+import time
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from typing import Any
 
@@ -24,11 +27,18 @@ from stillroom.workers.digests import identity_parts
 from stillroom.workers.generator import EngineDead, GeneratorSpec, require_vllm
 from stillroom.workers.source import cache_folder, load_tokenizer
 
+#: How often an engine in a process of its own is looked after.
+WATCH_S = 1.0
+
 
 class VllmGenerator:
-    """A `Generator` (see workers/generator.py). Raises TeacherError where the engine cannot be started."""
+    """A `Generator` (see workers/generator.py). Raises TeacherError where the engine cannot be started.
 
-    def __init__(self, spec: GeneratorSpec) -> None:
+    on_death: called from a thread when an engine in a process of its own is gone. vLLM (0.32) notices it, but a
+    `generate` that waits for it waits for ever, so that no exception comes of it.
+    """
+
+    def __init__(self, spec: GeneratorSpec, on_death: Callable[[], None] | None = None) -> None:
         require_vllm()
         _set_environment(spec)
         self.spec = spec
@@ -37,6 +47,16 @@ class VllmGenerator:
         parts = identity_parts(spec.folder, text, dtype=spec.dtype, cache_dir=cache_folder())
         self._parts = parts | {"quantisation": spec.quantization or parts["quantisation"]}
         self._engine: Any = _start(spec)
+        resources = getattr(self._engine.llm_engine.engine_core, "resources", None)  # none in this process
+        if on_death is not None and resources is not None:
+            threading.Thread(target=self._watch, args=(resources, on_death), daemon=True).start()
+
+    def _watch(self, resources: Any, on_death: Callable[[], None]) -> None:
+        while self._engine is not None:
+            if resources.engine_dead:
+                on_death()
+                return
+            time.sleep(WATCH_S)
 
     def identity_parts(self) -> dict[str, Any]:
         return dict(self._parts)

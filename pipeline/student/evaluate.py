@@ -27,6 +27,7 @@ from stillroom.pipeline.student import metrics as measures
 from stillroom.pipeline.student.collate import Batch, collate
 from stillroom.pipeline.student.forward import hidden_at, logits_at
 from stillroom.pipeline.student.losses import SLICE_ELEMENTS, StudentHead, Targets, bucket_kl, slices
+from stillroom.pipeline.student.losses.fused import FUSED_ELEMENTS
 from stillroom.pipeline.student.metrics import BINS
 from stillroom.pipeline.student.teaching import TOPK, Teaching
 from stillroom.storage.records import Pack
@@ -137,7 +138,8 @@ def evaluate(
     once. between: called before every pack; may raise to stop.
     """
     sums = _Sums()
-    rows = max(1, SLICE_ELEMENTS // vocabulary)
+    # A 16-bit head of the teacher is widened once a slice: larger slices there.
+    rows = max(1, (SLICE_ELEMENTS if teaching.part == "hidden" else FUSED_ELEMENTS) // vocabulary)
     was_training = model.training
     model.eval()
     try:

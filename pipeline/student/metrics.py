@@ -76,7 +76,7 @@ def calibration_error(bins: NDArray[np.float64]) -> float | None:
     """Expected calibration error: Σ_b share_b · |accuracy_b − confidence_b|, 0 … 1 (Guo et al. 2017, arXiv 1706.04599,
     eq. 3). None without positions."""
     count, confidence, correct = bins.T
-    return finite(float(np.abs(correct - confidence).sum()) / count.sum()) if count.sum() else None
+    return mean(float(np.abs(correct - confidence).sum()), int(count.sum()))
 
 
 def perplexity(nll_sum: float, tokens: int) -> float | None:

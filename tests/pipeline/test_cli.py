@@ -46,7 +46,7 @@ class TestGrammar:
     @pytest.mark.parametrize(
         ("words", "message"),
         [
-            ([], "no command; expected one of init, run, plan, teach, train, evaluate, ls, inspect, verify"),
+            ([], "no command; expected one of init, run, plan, generate, teach, train, evaluate, ls, inspect, verify"),
             (["runn"], "unknown command runn (did you mean run?)"),
             (["zzz"], "unknown command zzz; expected one of init"),
             (["run"], "the following arguments are required: RECIPE"),
@@ -70,7 +70,8 @@ class TestGrammar:
         assert left.value.code == 0
         lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("    ") and line[4] != " "]
         assert [word for word in (line.split()[0] for line in lines) if word.isalpha()] == [
-            "init", "run", "plan", "teach", "train", "evaluate", "ls", "inspect", "verify", "gc", "transcode",
+            "init", "run", "plan", "generate", "teach", "train", "evaluate", "ls", "inspect", "verify", "gc",
+            "transcode",
         ]  # fmt: skip
 
     def test_version(self, capsys: pytest.CaptureFixture[str]) -> None:

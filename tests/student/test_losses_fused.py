@@ -244,10 +244,10 @@ def test_the_same_inputs_give_the_same_bits() -> None:
 def test_autocast_is_off_by_its_own_rounding_only(dtype: torch.dtype, part: str) -> None:
     """float32 parameters, products in 16 bits. Gradients in float32; within 3 % of float64's, as the dtype's rounding
     of
-    the logits makes them. float16: of positions whose weight is 1e-4, which its range would lose."""
+    the logits makes them. float16: of positions whose weight is 1e-6, which its range would lose."""
     case = Case(n=40)
     objective = Objective(0.6, 1.0)
-    case.weights = torch.full_like(case.weights, 1e-4)
+    case.weights = torch.full_like(case.weights, 1e-6)
     (plain, expected), _ = both(case, objective, part=part)
     hidden, weight = leaves = case.leaves(torch.float32, biased=False)
     with torch.autocast("cpu", dtype=dtype):

@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
+from stillroom.pipeline.fidelity import require_taught
 from stillroom.pipeline.student.config import LossConfig, StudentConfig, require_determined
 from stillroom.pipeline.student.full_logits import full_loss
 from stillroom.pipeline.student.losses import Objective, Targets, cross_entropy, sparse_loss
 from stillroom.storage.errors import UnsupportedSignal
+from stillroom.storage.records import HiddenSpec, SignalSpec, TopKSpec
 from tests.student.test_losses import bucketed, keep, logits
 
 NAMES = ("forward_kl", "reverse_kl", "js", "tv", "mse", "cosine")
@@ -229,3 +231,11 @@ class TestRecipe:
             require_determined(losses, part)
         require_determined(losses, "hidden")
         require_determined(losses.model_copy(update={"alpha": 0.0}), part)
+
+    def test_it_is_said_before_the_teacher_works(self) -> None:
+        student = StudentConfig.model_validate(
+            {"name": "a", "model": {"from": "x"}, "losses": {"temperature": 1, "output": {"cosine": 1}}}
+        )
+        require_taught(student, SignalSpec(TopKSpec(8), hidden=HiddenSpec(32, "bfloat16")), where="store")
+        with pytest.raises(UnsupportedSignal, match=r"losses\.output\.cosine"):
+            require_taught(student, SignalSpec(TopKSpec(8)), where="store")

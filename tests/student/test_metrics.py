@@ -148,7 +148,7 @@ def test_the_head_as_a_formula_gives_the_same_in_slices(
     world: World, student: Any, packs: list[Pack], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = measure(student, packs, world)
-    monkeypatch.setattr("stillroom.pipeline.student.evaluate.SLICE_ELEMENTS", 3 * world.vocabulary)
+    monkeypatch.setattr("stillroom.pipeline.student.evaluate.FUSED_ELEMENTS", 3 * world.vocabulary)
     # The weight of another model: that of the one that is measured counts.
     found = measure(student, packs, world, head=StudentHead(torch.zeros(1, 1)))
     assert found == pytest.approx(expected, rel=1e-5)

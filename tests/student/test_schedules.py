@@ -51,7 +51,7 @@ def read(value: Any) -> Value:
 def test_temperature_follows_the_chapters_formulas_step_by_step(steps: int | None) -> None:
     """§5.3, from 6 to 2 (§7.5) in t_max = 8: written out here, not computed by the code under test."""
     linear = [6.0, 5.5, 5.0, 4.5, 4.0, 3.5, 3.0, 2.5, 2.0]
-    # T_end + (T_start − T_end) / 2 · (1 + cos(π t / 8)), with cos(π/8) = 0.92388, cos(π/4) = 0.70711, cos(3π/8) = 0.38268
+    # T_end + (T_start − T_end) / 2 · (1 + cos(π t / 8)): cos(π/8) = 0.92388, cos(π/4) = 0.70711, cos(3π/8) = 0.38268
     cosine = [6.0, 5.84776, 5.41421, 4.76537, 4.0, 3.23463, 2.58579, 2.15224, 2.0]
     total = 9 if steps is None else 12
     for shape, expected in (("linear", linear), ("cosine", cosine), ("constant", [6.0] * 9)):
