@@ -111,7 +111,8 @@ def _salt(seed: int, epoch: int) -> np.uint64:
 def _within(block: Block, salt: np.uint64) -> Int64:
     """Row groups permuted, and the entries within each."""
     group_keys = mix(mix(block.groups.astype(np.uint64)) ^ salt ^ digest_keys([block.id]))
-    return np.lexsort((mix(block.keys ^ salt), block.groups, group_keys))
+    order: Int64 = np.lexsort((mix(block.keys ^ salt), block.groups, group_keys))
+    return order
 
 
 def _fill(block: Block, order: Int64, window: int) -> list[list[int]]:

@@ -12,6 +12,7 @@ reads the identity and the log; nothing else is touched until asked for.
 
 from collections.abc import Container, Iterable, Iterator
 from collections.abc import Sequence as Seq
+from pathlib import Path
 
 from stillroom.storage import plans
 from stillroom.storage.errors import FormatMismatch, IdentityMismatch, StoreError
@@ -106,7 +107,9 @@ def open_store(uri: str) -> Store:
     """
     files = open_files(str(uri))
     if not files.exists(IDENTITY):
-        raise FormatMismatch(f"{files.uri} is no store: it has no {IDENTITY}")
+        missing = "://" not in files.uri and not Path(files.uri).is_dir()
+        there = "there is no such folder" if missing else f"it has no {IDENTITY}"
+        raise FormatMismatch(f"{files.uri} is no store: {there}; `stillroom ls FOLDER` lists the stores under a folder")
     return Store(files, _read_identity(files), CommitLog.open(files.uri))
 
 

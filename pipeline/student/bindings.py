@@ -45,8 +45,8 @@ def require_same(stored: Bindings, asked: Bindings, where: object) -> None:
     ]
     began_open = stored["snapshot"] is not None and stored["snapshot"] == asked.get("planned")
     differing += [
-        f"{key}: {stored[key]} there, {asked[key]} now"
-        for key in ("manifest", "snapshot")
+        f"{key}: {stored[key]} there, {asked[key]} now ({what} changed since)"
+        for key, what in (("manifest", "the corpus"), ("snapshot", "the store's list of shards"))
         if stored[key] != asked[key] and not (key == "snapshot" and began_open)
     ]
     there, now_there = stored.get("corpora", {}), asked.get("corpora", {})

@@ -84,6 +84,8 @@ class Report:
         return {
             "store": self.store.uri,
             "shards": len(self.refs),
+            # Not a problem: a run that was stopped leaves them, and so does a repair.
+            "units_planned_not_committed": len(self.plans.units.keys() - self.refs.keys()),
             "sequences": self.sequences,
             "rows": self.rows,
             "alignment": self.agreement.shares(),

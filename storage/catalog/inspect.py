@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 
 from stillroom.storage.catalog.stores import kept_fidelity, reuse_of, summary
 from stillroom.storage.catalog.stores import list_stores as list_stores  # part of what this module offers
+from stillroom.storage.catalog.views import texts_of
 from stillroom.storage.errors import CorruptShard, StoreError
-from stillroom.storage.records import ShardRef, TopK
+from stillroom.storage.records import Sequence, ShardRef, TopK
 from stillroom.storage.store import Store, open_store
 
 #: Footers read for the size of each column; more would only slow down a store of a million shards.
@@ -114,7 +115,7 @@ def _unit(store: Store, unit: str, positions: int) -> dict[str, Any]:
     matches = [u for u in refs if u.startswith(unit)]
     if len(matches) != 1:
         raise StoreError(f"store {store.uri}: {len(matches)} committed units begin with {unit!r}, expected one")
-    rows = []
+    rows, texts = [], texts_of(store.files)
     for stored in store.reader(refs[matches[0]]):
         assert stored.signal is not None
         topk = stored.signal.topk
@@ -123,16 +124,16 @@ def _unit(store: Store, unit: str, positions: int) -> dict[str, Any]:
                 "sequence": stored.sequence.digest,
                 "context": stored.sequence.context,
                 "tokens": len(stored.sequence.input_ids),
-                "positions": _positions(stored.sequence.input_ids, stored.sequence.first_position, topk, positions)
-                if topk
-                else [],
+                "positions": _positions(stored.sequence, topk, positions, texts) if topk else [],
             }
         )
     return {"store": store.uri, "unit": matches[0], "path": refs[matches[0]].path, "sequences": rows}
 
 
-def _positions(ids: Any, first: int, topk: TopK, limit: int) -> list[dict[str, Any]]:
-    """The first `limit` positions: the token read, and the teacher's five best next ones at T = 1."""
+def _positions(sequence: Sequence, topk: TopK, limit: int, texts: list[str] | None) -> list[dict[str, Any]]:
+    """The first `limit` positions: the token read, and the teacher's five best next ones at T = 1, as text too where
+    the store has a table of tokens."""
+    ids, first = sequence.input_ids, sequence.first_position
     logits = topk.logits.astype(np.float64)
     tail = topk.tail_lse[:, -1].astype(np.float64)
     total = np.logaddexp(np.logaddexp.reduce(logits, axis=1), tail)
@@ -140,7 +141,9 @@ def _positions(ids: Any, first: int, topk: TopK, limit: int) -> list[dict[str, A
         {
             "position": first + row,
             "id": int(ids[first + row]),
+            **({"text": texts[ids[first + row]]} if texts else {}),
             "top_ids": topk.ids[row, : min(topk.kept[row], 5)].tolist(),
+            **({"top_texts": [texts[i] for i in topk.ids[row, : min(topk.kept[row], 5)]]} if texts else {}),
             "top_probabilities": np.round(np.exp(logits[row, : min(topk.kept[row], 5)] - total[row]), 4).tolist(),
             "tail_probability": round(float(np.exp(tail[row] - total[row])), 4),
         }

@@ -33,7 +33,7 @@ import pyarrow.parquet as pq
 from stillroom.storage.calibration import calibration_path
 from stillroom.storage.codecs.hidden import ZERO
 from stillroom.storage.codecs.tail import STEP
-from stillroom.storage.errors import StoreError
+from stillroom.storage.errors import CorruptShard, StoreError
 from stillroom.storage.files import Files, sha256_hex
 from stillroom.storage.records import BETAS, HiddenSpec, LayersSpec, SampledSpec, TopKSpec
 from stillroom.storage.store import Store
@@ -67,7 +67,7 @@ def token_table(files: Files) -> str | None:
 def write_token_table(files: Files, rows: Iterable[TokenRow]) -> str:
     """Keep what ids mean beside a store's numbers; returns the file's name, which holds its content's digest.
 
-    It is for people: nothing in stillroom but these views reads it.
+    It is for people: nothing in stillroom but these views and `inspect --tokens` reads it.
 
     rows: by rising id. Raises StoreFull, StoreError.
     """
@@ -79,6 +79,21 @@ def write_token_table(files: Files, rows: Iterable[TokenRow]) -> str:
     name = f"{FOLDER}/tokens-{sha256_hex(data)}.parquet"
     files.write(name, data)
     return name
+
+
+def texts_of(files: Files) -> list[str] | None:
+    """Of all ids, by id; None where the store has no table. Raises CorruptShard, StoreError."""
+    name = token_table(files)
+    if name is None:
+        return None
+    data = files.read(name)
+    if sha256_hex(data) != name.removeprefix(f"{FOLDER}/tokens-").removesuffix(".parquet"):
+        raise CorruptShard(
+            f"{files.uri}/{name} is not what its name says: the file was damaged; remove it, `stillroom teach` on the "
+            "store's recipe writes it again"
+        )
+    texts: list[str] = pq.read_table(pa.BufferReader(data), columns=["text"])["text"].to_pylist()
+    return texts
 
 
 def views_sql(store: Store) -> str:

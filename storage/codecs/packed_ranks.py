@@ -123,7 +123,8 @@ class RankSets:
             raise ValueError("packed data splits more ids than there are")
         halves = [[row, left, low, middle], [row, number - left, middle, high]]
         cut = np.concatenate([np.stack(half) for half in halves], axis=1)
-        return cut[:, cut[1] > 0]
+        some: Int64 = cut[:, cut[1] > 0]
+        return some
 
     def _single(self, coder: Coder, row: Int64, low: Int64, high: Int64, keys: Int64 | None) -> Int64:
         """The rank of the one id in each interval, as plain bits."""

@@ -214,7 +214,8 @@ def _depth_class(depths: Int64) -> Int64:
     """0, 1, 2, 3, 4–5, 6–7, 8–11, …: two classes a doubling, the last one open."""
     length = np.frexp(depths.astype(np.float64))[1].astype(np.int64)
     upper = 2 * (length - 1) + (depths >> np.maximum(length - 2, 0) & 1)
-    return np.minimum(np.where(depths < 2, depths, upper), DEPTHS - 1)
+    found: Int64 = np.minimum(np.where(depths < 2, depths, upper), DEPTHS - 1)
+    return found
 
 
 def _require(holds: bool, what: str) -> None:

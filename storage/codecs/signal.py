@@ -120,4 +120,5 @@ class SignalCodec:
 
 def rows_of(tokens: Any, contexts: Any) -> Counts:
     """R of each sequence, int64: positions max(context − 1, 0) … T − 1."""
-    return np.asarray(tokens, np.int64) - np.maximum(np.asarray(contexts, np.int64) - 1, 0)
+    rows: Counts = np.asarray(tokens, np.int64) - np.maximum(np.asarray(contexts, np.int64) - 1, 0)
+    return rows

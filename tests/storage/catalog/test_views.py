@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from stillroom.pipeline.cli import main
 from stillroom.pipeline.token_text import keep_token_table, token_rows
+from stillroom.storage.catalog.inspect import inspect_store
 from stillroom.storage.catalog.views import TokenRow, token_table, views_sql, write_token_table
-from stillroom.storage.errors import StoreError
+from stillroom.storage.errors import CorruptShard, StoreError
 from stillroom.storage.files import LocalFiles, content_digest, sha256_hex
 from stillroom.storage.records import (
     AttentionSpec,
@@ -260,3 +261,19 @@ def test_a_row_of_an_attention_map_is_a_slice_as_the_format_says(tmp_path: Path,
             asked = asked.replace("100 AS t", f"{position} AS t")
             wanted = signal.attention[row : row + 1].dense()[1, head, 0]
             np.testing.assert_allclose([found[0] for found in query(store, asked)], wanted, rtol=1e-5, atol=1e-9)
+
+
+def test_inspect_shows_the_text_of_ids_where_there_is_a_table(tmp_path: Path) -> None:
+    """As SQL does; a flipped byte of the table is told."""
+    store = made(tmp_path, SignalSpec(TopKSpec(K)))
+    unit = next(iter(store.committed()))
+    first = inspect_store(store.uri, unit=unit)["sequences"][0]["positions"][0]
+    assert "text" not in first
+    name = write_token_table(store.files, (TokenRow(i, f"t{i}", f"<{i}>") for i in range(store.identity.vocabulary)))
+    first = inspect_store(store.uri, unit=unit)["sequences"][0]["positions"][0]
+    assert first["text"] == f"<{first['id']}>"
+    assert first["top_texts"] == [f"<{i}>" for i in first["top_ids"]]
+    path = tmp_path / name
+    path.write_bytes(path.read_bytes()[:-9] + b"x" + path.read_bytes()[-8:])
+    with pytest.raises(CorruptShard, match=r"tokens-\w+\.parquet is not what its name says"):
+        inspect_store(store.uri, unit=unit)
