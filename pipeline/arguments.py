@@ -174,7 +174,7 @@ def _names(word: str) -> tuple[str, ...]:
 def _common() -> _Parser:
     common = _Parser(add_help=False)
     common.add_argument("--json", action="store_true", help="print one JSON object on stdout")
-    common.add_argument("--quiet", action="store_true", help="no progress and notes on stderr")
+    common.add_argument("--quiet", action="store_true", help="no progress and notes on stderr; notices still come")
     common.add_argument("--debug", action="store_true", help="show where an error arose (also STILLROOM_DEBUG=1)")
     return common
 

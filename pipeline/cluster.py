@@ -166,8 +166,12 @@ def _require_resources(config: RayConfig, ranks: int) -> None:
             of_each = f"{ranks} ranks with {each:g} {name}s" if ranks > 1 else f"{each:g} {name}s"
             raise TeacherError(
                 f"{config.actors} actors with {of_each} each need {needed:g}, this machine has "
-                f"{held.get(name, 0):g}: lower ray.actors or ray.{name.lower()}s_per_actor"
+                f"{held.get(name, 0):g}: lower ray.actors or ray.{name.lower()}s_per_actor{_none_of(name, held)}"
             )
+
+
+def _none_of(name: str, held: dict[str, float]) -> str:
+    return " (0 runs the teacher on the CPU)" if name == "GPU" and not held.get(name) else ""
 
 
 def ask(actors: Actors, method: str, *arguments: Any) -> Any:

