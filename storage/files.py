@@ -23,6 +23,9 @@ from stillroom.storage.errors import StoreError, StoreFull
 #: The file that makes a folder a store.
 STORE_MARK = "_stillroom/identity.json"
 
+#: The file that makes a folder a store of generations.
+GENERATIONS_MARK = "_stillroom/generations.json"
+
 
 @dataclass(frozen=True)
 class FileInfo:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from stillroom.storage import plans
 from stillroom.storage.errors import FormatMismatch, IdentityMismatch, StoreError
-from stillroom.storage.files import STORE_MARK, Files, open_files
+from stillroom.storage.files import GENERATIONS_MARK, STORE_MARK, Files, open_files
 from stillroom.storage.identity import Identity
 from stillroom.storage.log import CommitLog
 from stillroom.storage.records import Receipt, ShardRef, Unit
@@ -107,6 +107,11 @@ def open_store(uri: str) -> Store:
     """
     files = open_files(str(uri))
     if not files.exists(IDENTITY):
+        if files.exists(GENERATIONS_MARK):
+            raise FormatMismatch(
+                f"{files.uri} holds generations, a teacher's responses, and no signal: `stillroom generate` on its "
+                "recipe says what is there"
+            )
         missing = "://" not in files.uri and not Path(files.uri).is_dir()
         there = "there is no such folder" if missing else f"it has no {IDENTITY}"
         raise FormatMismatch(f"{files.uri} is no store: {there}; `stillroom ls FOLDER` lists the stores under a folder")

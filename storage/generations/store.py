@@ -13,15 +13,13 @@ A unit is of prompts: each has n responses, which are committed together.
 from collections.abc import Container, Iterator
 
 from stillroom.storage.errors import FormatMismatch, IdentityMismatch, StoreError
+from stillroom.storage.files import GENERATIONS_MARK as MARK
 from stillroom.storage.files import STORE_MARK, Files, open_files
 from stillroom.storage.generations.records import GenerationIdentity
 from stillroom.storage.generations.shard import SCHEMA, StoredUnit, missing, read_generations
 from stillroom.storage.log import CommitLog
 from stillroom.storage.shard import FOLDER as SHARDS
 from stillroom.storage.store import UnitStore
-
-#: The file that makes a folder a store of generations.
-MARK = "_stillroom/generations.json"
 
 #: Bytes; one has about a thousand and its stop strings.
 _LARGEST_IDENTITY = 2**20

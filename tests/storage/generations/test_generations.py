@@ -9,11 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stillroom.storage.errors import CorruptShard, FormatMismatch, IdentityMismatch, StoreError
+from stillroom.storage.files import GENERATIONS_MARK as MARK
 from stillroom.storage.files import LocalFiles
 from stillroom.storage.generations.records import Generation, GenerationIdentity
 from stillroom.storage.generations.shard import read_generations, write_generations
-from stillroom.storage.generations.store import MARK, GenerationStore, create_generations, open_generations
+from stillroom.storage.generations.store import GenerationStore, create_generations, open_generations
 from stillroom.storage.records import Receipt, ShardRef
+from stillroom.storage.store import open_store
 from tests.storage.generations.builders import decoding, identity, response, unit_of
 
 PROMPTS = [[1, 5, 9], [1, 6]]
@@ -150,3 +152,9 @@ class TestIdentity:
         assert len(seeds) == 12
         assert all(0 <= seed < 2**63 for seed in seeds)
         assert decoding(n=2).sample_seed(prompt, 1) == decoding(n=7).sample_seed(prompt, 1)
+
+
+def test_what_reads_signal_says_what_lies_there(tmp_path: Path) -> None:
+    create_generations(str(tmp_path), identity())
+    with pytest.raises(FormatMismatch, match="holds generations, a teacher's responses, and no signal"):
+        open_store(str(tmp_path))
