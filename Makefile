@@ -68,8 +68,9 @@ test: test-fast test-real
 test-fast: $(VENV)/.dev
 	$(PYTEST) -m "not slow and not real" -n 2
 
+# File by file in two processes: most of the time one of them waits for processes that start.
 test-real: $(VENV)/.dev
-	$(PYTEST) -m "not slow and real"
+	$(PYTEST) -m "not slow and real" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/.dev
 	$(PYTEST) -m slow
