@@ -10,9 +10,10 @@ reads the identity and the log; nothing else is touched until asked for.
     <root>/_stillroom/calibration-…    the channels' scales of an int8 hidden part, named by its digest
 """
 
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from collections.abc import Sequence as Seq
 from pathlib import Path
+from typing import TypeVar
 
 from stillroom.storage import plans
 from stillroom.storage.errors import FormatMismatch, IdentityMismatch, StoreError
@@ -31,6 +32,8 @@ IDENTITY = STORE_MARK
 
 #: Bytes; one has about a thousand.
 _LARGEST_IDENTITY = 2**20
+
+Held = TypeVar("Held")
 
 
 class UnitStore:
@@ -115,7 +118,7 @@ def open_store(uri: str) -> Store:
         missing = "://" not in files.uri and not Path(files.uri).is_dir()
         there = "there is no such folder" if missing else f"it has no {IDENTITY}"
         raise FormatMismatch(f"{files.uri} is no store: {there}; `stillroom ls FOLDER` lists the stores under a folder")
-    return Store(files, _read_identity(files), CommitLog.open(files.uri))
+    return Store(files, read_identity(files, IDENTITY, Identity.from_json), CommitLog.open(files.uri))
 
 
 def create_store(uri: str, identity: Identity) -> Store:
@@ -126,7 +129,7 @@ def create_store(uri: str, identity: Identity) -> Store:
     """
     files = open_files(str(uri))
     if files.exists(IDENTITY):
-        held = _read_identity(files)
+        held = read_identity(files, IDENTITY, Identity.from_json)
         held.require_equal(identity, files.uri)
         identity = held  # of the format that the store was founded in, which its shards state
         if files.list(SHARDS):
@@ -135,18 +138,22 @@ def create_store(uri: str, identity: Identity) -> Store:
     else:
         files.write(IDENTITY, identity.to_json().encode())
     log = CommitLog.create(files.uri, shard_schema(signal_codec(files, identity)))
-    held = _read_identity(files)  # another founder may have been a moment later
+    held = read_identity(files, IDENTITY, Identity.from_json)  # another founder may have been a moment later
     held.require_equal(identity, files.uri)
     return Store(files, held, log)
 
 
-def _read_identity(files: Files) -> Identity:
+def read_identity(files: Files, mark: str, parse: Callable[[str], Held]) -> Held:
+    """The identity file `mark` of a store of any kind. parse: its JSON's text → the identity.
+
+    Raises IdentityMismatch, FormatMismatch naming the file, where it is damaged or of another format; StoreError.
+    """
     try:
-        source = files.open(IDENTITY)
+        source = files.open(mark)
         if source.size() > _LARGEST_IDENTITY:
             raise ValueError(f"{source.size():,} bytes, at most {_LARGEST_IDENTITY:,} are one")
-        return Identity.from_json(source.read().decode())
+        return parse(source.read().decode())
     except (IdentityMismatch, FormatMismatch) as error:
-        raise type(error)(f"{files.uri}/{IDENTITY}: {error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FormatMismatch(f"{files.uri}/{IDENTITY} cannot be read ({error}): the file was damaged") from error
+        raise type(error)(f"{files.uri}/{mark}: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise FormatMismatch(f"{files.uri}/{mark} cannot be read ({error}): the file was damaged") from error

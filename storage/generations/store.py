@@ -19,10 +19,7 @@ from stillroom.storage.generations.records import GenerationIdentity
 from stillroom.storage.generations.shard import SCHEMA, StoredUnit, missing, read_generations
 from stillroom.storage.log import CommitLog
 from stillroom.storage.shard import FOLDER as SHARDS
-from stillroom.storage.store import UnitStore
-
-#: Bytes; one has about a thousand and its stop strings.
-_LARGEST_IDENTITY = 2**20
+from stillroom.storage.store import UnitStore, read_identity
 
 
 class GenerationStore(UnitStore):
@@ -48,7 +45,7 @@ def open_generations(uri: str) -> GenerationStore:
     files = open_files(str(uri))
     if not files.exists(MARK):
         raise FormatMismatch(f"{files.uri} holds no generations: it has no {MARK}; `stillroom generate` makes one")
-    return GenerationStore(files, _read_identity(files), CommitLog.open(files.uri))
+    return GenerationStore(files, read_identity(files, MARK, GenerationIdentity.from_json), CommitLog.open(files.uri))
 
 
 def create_generations(uri: str, identity: GenerationIdentity) -> GenerationStore:
@@ -61,25 +58,13 @@ def create_generations(uri: str, identity: GenerationIdentity) -> GenerationStor
     if files.exists(STORE_MARK):
         raise IdentityMismatch(f"{files.uri} is a store of logits: give generations a generate.path of their own")
     if files.exists(MARK):
-        held = _read_identity(files)
+        held = read_identity(files, MARK, GenerationIdentity.from_json)
         held.require_equal(identity, files.uri)
         if files.list(SHARDS):
             return GenerationStore(files, held, CommitLog.open(files.uri))
     else:
         files.write(MARK, identity.to_json().encode())
     log = CommitLog.create(files.uri, SCHEMA)
-    held = _read_identity(files)  # another founder may have been a moment later
+    held = read_identity(files, MARK, GenerationIdentity.from_json)  # another founder may have been a moment later
     held.require_equal(identity, files.uri)
     return GenerationStore(files, held, log)
-
-
-def _read_identity(files: Files) -> GenerationIdentity:
-    try:
-        source = files.open(MARK)
-        if source.size() > _LARGEST_IDENTITY:
-            raise ValueError(f"{source.size():,} bytes, at most {_LARGEST_IDENTITY:,} are one")
-        return GenerationIdentity.from_json(source.read().decode())
-    except (IdentityMismatch, FormatMismatch) as error:
-        raise type(error)(f"{files.uri}/{MARK}: {error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise FormatMismatch(f"{files.uri}/{MARK} cannot be read ({error}): the file was damaged") from error
