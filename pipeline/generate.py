@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stillroom.pipeline.account import TeachingAccount
 from stillroom.pipeline.console import Console, Progress
@@ -21,11 +21,11 @@ from stillroom.pipeline.founding import require_room
 from stillroom.pipeline.ledger import Ledger
 from stillroom.pipeline.plan import Plan, make_plan
 from stillroom.pipeline.process import uninterrupted
-from stillroom.pipeline.progress_file import ProgressFile, State
+from stillroom.pipeline.progress_file import State
 from stillroom.pipeline.prompts import ingest_prompts, read_texts
 from stillroom.pipeline.quality.judge import REASONS, judge_prompt
 from stillroom.pipeline.quality.own_function import Judge, load_function
-from stillroom.pipeline.quarantine import Quarantine, left_out
+from stillroom.pipeline.quarantine import left_out
 from stillroom.pipeline.recipe.generate_schema import GenerateConfig
 from stillroom.pipeline.recipe.schema import VERDICTS, Recipe
 from stillroom.pipeline.sources import Sources
@@ -37,6 +37,9 @@ from stillroom.storage.manifest import Manifest
 from stillroom.storage.records import Receipt, Sequence, Unit
 from stillroom.workers.generator import GeneratorSpec, require_vllm
 from stillroom.workers.teacher import TruthRequest
+
+if TYPE_CHECKING:  # ray takes a second
+    from stillroom.pipeline.status import GeneratingStatus
 
 
 @dataclass(frozen=True)
@@ -179,6 +182,7 @@ def _run(
 ) -> None:
     from stillroom.pipeline.cluster import Actors, address_of, session
     from stillroom.pipeline.pool import Pool
+    from stillroom.pipeline.status import GeneratingStatus
     from stillroom.workers.actor import remote_generator
 
     if address_of(recipe.ray) is None:
@@ -193,7 +197,7 @@ def _run(
         pool = Pool(Actors(create, recipe.ray), recipe.ray, console.notice)
         console.info(f"generate: starting {recipe.ray.actors} engine{'s' * (recipe.ray.actors > 1)}")
         pool.start()
-        status = _Status(recipe, config, plan, manifest, store, batch, pool, console)
+        status = GeneratingStatus(recipe, plan, manifest, store, batch, pool, console)
         state: State = "stopped"
         try:
             with console.progress(plan.pending_sequences, "prompts", label="generate") as progress:
@@ -215,7 +219,7 @@ def _payloads(plan: Plan, manifest: Manifest) -> Iterator[tuple[Unit, list[Seque
         yield unit, [row.sequence for row in rows], TruthRequest()
 
 
-def _drain(events: Iterator[Any], batch: Batch, status: "_Status", progress: Progress) -> None:
+def _drain(events: Iterator[Any], batch: Batch, status: "GeneratingStatus", progress: Progress) -> None:
     for event in events:
         if isinstance(event, Receipt):
             batch.add(event)
@@ -224,62 +228,6 @@ def _drain(events: Iterator[Any], batch: Batch, status: "_Status", progress: Pro
         elif event is not None:
             status.failed(event)
         status.tick(committed=batch.commit_if_due())
-
-
-class _Status:
-    """The progress file, and the units that are given up."""
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        config: GenerateConfig,
-        plan: Plan,
-        manifest: Manifest,
-        store: GenerationStore,
-        batch: Batch,
-        pool: Any,
-        console: Console,
-    ) -> None:
-        self._wanted, self._n = recipe.ray.actors, config.decoding.n
-        self._plan, self._batch, self._pool, self._news = plan, batch, pool, False
-        self._quarantine = Quarantine(plan, manifest, console)
-        self._file = ProgressFile(store.files, recipe.name, console.notice)
-        batch.taught.actors = list(pool.said)
-        batch.start()
-        self.tick(committed=True)
-
-    def failed(self, event: Any) -> None:
-        """Raises TeacherError where it cannot be the units."""
-        taught, self._news = self._batch.taught, True
-        taught.quarantined.append(self._quarantine.add(event.unit, event.cause, scored=taught.units).as_dict())
-
-    def tick(self, *, committed: bool) -> None:
-        if len(self._pool.said) > len(self._batch.taught.actors):
-            self._batch.actors(list(self._pool.said))
-        self._news = self._news or committed
-        if self._file.update(self._counts, news=self._news):
-            self._news = False
-
-    def close(self, state: State) -> None:
-        self._batch.taught.retries = self._pool.retries
-        self._file.update(self._counts, news=True, state=state)
-
-    def _counts(self) -> dict[str, Any]:
-        taught, units = self._batch.taught, len(self._plan.pending)
-        return {
-            "prompts": {"wanted": self._plan.sequences, "held_before": self._plan.held},
-            "units": {
-                "planned": units,
-                "generated": taught.units,
-                "quarantined": len(taught.quarantined),
-                "pending": units - taught.units - len(taught.quarantined),
-            },
-            "responses": taught.batches,
-            "tokens_generated": taught.rows,
-            "bytes": taught.bytes,
-            "actors": {"wanted": self._wanted, "ready": self._pool.ready, "lost": self._pool.retries},
-            "quarantined": taught.quarantined,
-        }
 
 
 def judge(

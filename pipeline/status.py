@@ -5,6 +5,7 @@ seconds.
 """
 
 import time
+from abc import ABC, abstractmethod
 from typing import Any
 
 from stillroom.pipeline.console import Console, format_bytes, format_count, format_duration
@@ -18,11 +19,64 @@ from stillroom.pipeline.recipe.schema import Recipe
 from stillroom.pipeline.taught import Batch, Taught
 from stillroom.storage.manifest import Manifest
 from stillroom.storage.records import Receipt
-from stillroom.storage.store import Store
+from stillroom.storage.store import Store, UnitStore
 
 
-class Status:
-    """Made when the first actor is ready. Its clocks run from there."""
+class UnitStatus(ABC):
+    """Of any run over units: the progress file, and the units that are given up. Made when the first actor is ready."""
+
+    def __init__(
+        self, recipe: Recipe, plan: Plan, manifest: Manifest, store: UnitStore, batch: Batch, pool: Pool,
+        console: Console,
+    ) -> None:  # fmt: skip
+        self._plan, self._batch, self._pool = plan, batch, pool
+        self._wanted = recipe.ray.actors
+        self._quarantine = Quarantine(plan, manifest, console)
+        self._file = ProgressFile(store.files, recipe.name, console.notice)
+        self._news = False
+        batch.taught.actors = list(pool.said)
+        batch.start()
+        self.tick(committed=True)
+
+    def failed(self, event: Failed) -> None:
+        """Raises TeacherError where it cannot be the units."""
+        taught, self._news = self._batch.taught, True
+        entry = self._quarantine.add(event.unit, event.cause, scored=taught.units)
+        taught.quarantined.append(entry.as_dict())
+
+    def tick(self, *, committed: bool) -> None:
+        """After each event, and about once a second while there is none."""
+        if len(self._pool.said) > len(self._batch.taught.actors):
+            self._batch.actors(list(self._pool.said))
+        self._news = self._news or committed
+        if self._file.update(self._counts, news=self._news):
+            self._news = False
+
+    def close(self, state: State) -> None:
+        self._batch.taught.retries = self._pool.retries
+        self._file.update(self._counts, news=True, state=state)
+
+    @abstractmethod
+    def _counts(self) -> dict[str, Any]:
+        """What the progress file says."""
+
+    def _units(self, done: str) -> dict[str, int]:
+        """done: what a committed unit is called."""
+        taught, units = self._batch.taught, len(self._plan.pending)
+        left_out = len(taught.quarantined)
+        return {
+            "planned": units,
+            done: taught.units,
+            "quarantined": left_out,
+            "pending": units - taught.units - left_out,
+        }
+
+    def _actors(self) -> dict[str, int]:
+        return {"wanted": self._wanted, "ready": self._pool.ready, "lost": self._pool.retries}
+
+
+class Status(UnitStatus):
+    """Of teaching. Its clocks run from when it is made."""
 
     def __init__(
         self,
@@ -35,16 +89,11 @@ class Status:
         metrics: TeachingMetrics,
         console: Console,
     ) -> None:
-        self._plan, self._batch, self._pool, self._metrics = plan, batch, pool, metrics
-        self._wanted = recipe.ray.actors
+        self._metrics = metrics
         self._room = _Room(recipe, plan, store, console)
-        self._quarantine = Quarantine(plan, manifest, console)
-        self._file = ProgressFile(store.files, recipe.name, console.notice)
-        self._news = self._halved = False
+        self._halved = False
         self._console, self._batch_tokens = console, recipe.teacher.batch_tokens
-        batch.taught.actors = list(pool.said)
-        batch.start()
-        self.tick(committed=True)
+        super().__init__(recipe, plan, manifest, store, batch, pool, console)
 
     def scored(self, receipt: Receipt) -> None:
         self._metrics.scored(receipt.tokens, receipt.shard.size_bytes)
@@ -57,36 +106,19 @@ class Status:
             )
 
     def failed(self, event: Failed) -> None:
-        """Raises TeacherError where it cannot be the units."""
-        taught, self._news = self._batch.taught, True
         self._metrics.quarantined()
-        entry = self._quarantine.add(event.unit, event.cause, scored=taught.units)
-        taught.quarantined.append(entry.as_dict())
+        super().failed(event)
 
     def tick(self, *, committed: bool) -> None:
-        """After each event, and about once a second while there is none."""
-        if len(self._pool.said) > len(self._batch.taught.actors):
-            self._batch.actors(list(self._pool.said))
         self._metrics.actors(self._pool.ready, self._pool.retries)
-        self._news = self._news or committed
-        if self._file.update(self._counts, news=self._news):
-            self._news = False
-
-    def close(self, state: State) -> None:
-        self._batch.taught.retries = self._pool.retries
-        self._file.update(self._counts, news=True, state=state)
+        super().tick(committed=committed)
 
     def _counts(self) -> dict[str, Any]:
-        taught, units, tokens = self._batch.taught, len(self._plan.pending), self._plan.pending_tokens
+        taught, tokens = self._batch.taught, self._plan.pending_tokens
         left_out = taught.quarantined
         return {
             "sequences": {"wanted": self._plan.sequences, "held_before": self._plan.held},
-            "units": {
-                "planned": units,
-                "scored": taught.units,
-                "quarantined": len(left_out),
-                "pending": units - taught.units - len(left_out),
-            },
+            "units": self._units("scored"),
             "tokens": {
                 "planned": tokens,
                 "scored": taught.tokens,
@@ -94,8 +126,24 @@ class Status:
             },
             "tokens_per_s": taught.tokens_per_s,
             "bytes": taught.bytes,
-            "actors": {"wanted": self._wanted, "ready": self._pool.ready, "lost": self._pool.retries},
+            "actors": self._actors(),
             "quarantined": left_out,
+        }
+
+
+class GeneratingStatus(UnitStatus):
+    """Of generating: units are of prompts, rows are generated tokens."""
+
+    def _counts(self) -> dict[str, Any]:
+        taught = self._batch.taught
+        return {
+            "prompts": {"wanted": self._plan.sequences, "held_before": self._plan.held},
+            "units": self._units("generated"),
+            "responses": taught.batches,
+            "tokens_generated": taught.rows,
+            "bytes": taught.bytes,
+            "actors": self._actors(),
+            "quarantined": taught.quarantined,
         }
 
 
