@@ -7,6 +7,7 @@
     ├── StoreError                   anything about a store
     │   ├── IdentityMismatch         the store holds another teacher, tokenizer, vocabulary or signal
     │   ├── FormatMismatch           written by another format version, or not a store at all
+    │   │   └── NoStore              exit code 2: nothing there, or a store of another kind than is asked about
     │   ├── CorruptShard             bytes that are not the ones committed
     │   └── StoreFull                no room for what is to be written
     ├── TeacherError                 the teacher cannot be loaded or run
@@ -16,7 +17,8 @@
         ├── TokenizerMismatch        the student reads other ids than the teacher wrote
         ├── UnsupportedSignal        the stored signal does not determine what is asked of it
         ├── PackingUnsafe            packed logits differ from isolated ones
-        └── NonFiniteLoss            NaN or infinite loss; names the units of the batch
+        ├── NonFiniteLoss            NaN or infinite loss; names the units of the batch
+        └── RankLost                 one of several processes that train together is gone, or silent
 
 A message says what is wrong, where, what was expected against what was got, and the remedy. All of
 them carry one message string and nothing else, so they pickle across Ray and processes unchanged.
@@ -53,6 +55,12 @@ class IdentityMismatch(StoreError):
 
 class FormatMismatch(StoreError):
     """The store is of another format version, or no store."""
+
+
+class NoStore(FormatMismatch):
+    """There is no store, or one of another kind, where somebody named one: a mistake of usage, and of no store."""
+
+    exit_code = 2
 
 
 class CorruptShard(StoreError):
@@ -93,6 +101,10 @@ class PackingUnsafe(StudentError):
 
 class NonFiniteLoss(StudentError):
     """The loss is NaN or infinite."""
+
+
+class RankLost(StudentError):
+    """Another process of the same training has ended, or does not answer."""
 
 
 def first_line(error: BaseException) -> str:

@@ -18,7 +18,7 @@ from uuid import uuid4
 
 import pyarrow as pa
 
-from stillroom.storage.errors import StoreError, StoreFull
+from stillroom.storage.errors import NoStore, StoreError, StoreFull
 
 #: The file that makes a folder a store.
 STORE_MARK = "_stillroom/identity.json"
@@ -61,8 +61,8 @@ class Files(Protocol):
     def delete(self, name: str) -> None:
         """Remove `name`; nothing where there is none. Raises StoreError."""
 
-    def holders(self, tail: str) -> Iterator[str]:
-        """Folders, relative to the root ("" for itself), in which there is a file `tail`."""
+    def holders(self, *tails: str) -> Iterator[str]:
+        """Folders, relative to the root ("" for itself), in which there is a file of one of the names `tails`."""
 
     def free_bytes(self) -> int | None:
         """Room left, or None where nobody can tell."""
@@ -147,10 +147,10 @@ class LocalFiles:
         except OSError as error:
             raise StoreError(f"cannot delete {path}: {error.strerror}") from error
 
-    def holders(self, tail: str) -> Iterator[str]:
-        for found in self.root.glob(f"**/{tail}"):
-            folder = found.relative_to(self.root).as_posix().removesuffix(tail).rstrip("/")
-            yield folder
+    def holders(self, *tails: str) -> Iterator[str]:
+        for tail in tails:
+            for found in self.root.glob(f"**/{tail}"):
+                yield found.relative_to(self.root).as_posix().removesuffix(tail).rstrip("/")
 
     def free_bytes(self) -> int | None:
         folder = self.root
@@ -202,11 +202,15 @@ def open_files(uri: str) -> Files:
 
 
 def find_stores(uri: str) -> list[str]:
-    """URIs of the stores at or below `uri`, sorted. Raises StoreError if there is no such folder or bucket."""
+    """URIs of the stores of every kind at or below `uri`, sorted.
+
+    Raises NoStore if there is no such folder, StoreError if there is no such bucket.
+    """
     files = open_files(uri)
     if isinstance(files, LocalFiles) and not files.root.is_dir():
-        raise StoreError(f"{uri} is no folder")
-    return sorted(f"{files.uri}/{folder}" if folder else files.uri for folder in files.holders(STORE_MARK))
+        raise NoStore(f"{uri} is no folder")
+    holders = set(files.holders(STORE_MARK, GENERATIONS_MARK))
+    return sorted(f"{files.uri}/{folder}" if folder else files.uri for folder in holders)
 
 
 def content_digest(name: str) -> str | None:

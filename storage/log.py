@@ -95,8 +95,8 @@ class CommitLog:
             return
         raise StoreError(
             f"commit log of {self._place.uri} names other shards than its last commit says, so an entry was damaged: "
-            "`stillroom verify` on the store says which; put back a copy of it, or run `stillroom teach` on the "
-            "recipe, which scores again what is no longer named"
+            "`stillroom verify` on the store says which; put back a copy of it, or run `stillroom teach` (for "
+            "generations `stillroom generate`) on the recipe, which makes again what is no longer named"
         )
 
     def _whole(self) -> bool:

@@ -38,6 +38,8 @@ from stillroom.storage.records import Float32, Int32, Sequence, digest128
 
 VERSION = 1
 META_KEY, META_DIGEST_KEY = "stillroom.manifest", "stillroom.manifest.digest"
+#: How the source of a row begins whose text a teacher wrote.
+GENERATIONS = "generations:"
 
 
 def _column(name: str, kind: Any) -> Any:
@@ -290,6 +292,11 @@ class Manifest:
             runs=np.concatenate([column.flatten().to_numpy() for column in lists]),
             runs_at=np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)]),
         )
+
+    def generated(self) -> NDArray[np.bool_]:
+        """Of all rows, whether a teacher wrote the text. bool [rows]."""
+        columns = [batch["source"].cast(pa.string()) for batch in self._batches(["source"])]
+        return np.concatenate([pc.starts_with(c, GENERATIONS).to_numpy(zero_copy_only=False) for c in columns])
 
     def _batches(self, names: list[str]) -> Iterator[Any]:
         """At least one batch, so that an empty manifest gives arrays of the right types."""

@@ -399,6 +399,7 @@ class Pack:
     signal: the teacher at those M positions, or None for a corpus without signal.
     sequences: digests of the sequences in it, for messages.
     index: the pack's number in the epoch over all ranks; epoch: from 0.
+    rows: their numbers in the manifest, int64 [sequences]; None where a pack was made of no manifest.
     """
 
     input_ids: Int32
@@ -411,3 +412,4 @@ class Pack:
     sequences: tuple[str, ...]
     epoch: int
     index: int
+    rows: NDArray[np.int64] | None = None

@@ -32,7 +32,7 @@ from stillroom.storage.schema import footer_metadata, parquet_settings, read_foo
 
 FOLDER = "shards"
 _MISSING = (
-    "the log names this shard: put back a copy of it, or drop it with `stillroom verify STORE --repair` and run "
+    "the log names this shard: put back a copy of it, or drop it with `stillroom verify {uri} --repair` and run "
     "`stillroom teach` again"
 )
 
@@ -176,7 +176,7 @@ class ShardReader:
         except StoreError as error:
             if files.exists(ref.path):
                 raise
-            raise StoreError(f"{error}; {_MISSING}") from error
+            raise StoreError(f"{error}; {_MISSING.format(uri=files.uri)}") from error
         data = memoryview(source.read_buffer()).cast("B")  # Arrow counts bytes as signed
         found = sha256_hex(data)
         if found != ref.sha256:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from stillroom.storage import plans
-from stillroom.storage.errors import FormatMismatch, IdentityMismatch, StoreError
+from stillroom.storage.errors import FormatMismatch, IdentityMismatch, NoStore, StoreError
 from stillroom.storage.files import GENERATIONS_MARK, STORE_MARK, Files, open_files
 from stillroom.storage.identity import Identity
 from stillroom.storage.log import CommitLog
@@ -105,19 +105,19 @@ class Store(UnitStore):
 def open_store(uri: str) -> Store:
     """Open a store that exists.
 
-    Raises FormatMismatch if there is no store at `uri`, IdentityMismatch if its identity file is damaged,
-    StoreError if the log cannot be read.
+    Raises NoStore if there is none of logits at `uri`, IdentityMismatch or FormatMismatch if its identity file is
+    damaged, StoreError if the log cannot be read.
     """
     files = open_files(str(uri))
     if not files.exists(IDENTITY):
         if files.exists(GENERATIONS_MARK):
-            raise FormatMismatch(
-                f"{files.uri} holds generations, a teacher's responses, and no signal: `stillroom generate` on its "
-                "recipe says what is there"
+            raise NoStore(
+                f"{files.uri} holds generations, a teacher's responses, and no signal: `stillroom inspect {files.uri}` "
+                "says what is there"
             )
         missing = "://" not in files.uri and not Path(files.uri).is_dir()
         there = "there is no such folder" if missing else f"it has no {IDENTITY}"
-        raise FormatMismatch(f"{files.uri} is no store: {there}; `stillroom ls FOLDER` lists the stores under a folder")
+        raise NoStore(f"{files.uri} is no store: {there}; `stillroom ls FOLDER` lists the stores under a folder")
     return Store(files, read_identity(files, IDENTITY, Identity.from_json), CommitLog.open(files.uri))
 
 

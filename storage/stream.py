@@ -14,8 +14,9 @@ packed by the manifest's row groups, as there are no units.
 import queue
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import count
 from math import gcd
 
 import numpy as np
@@ -53,6 +54,8 @@ class Stream:
     rank, world_size: this process takes every world_size-th pack. start: packs already consumed, counted over all
     ranks and epochs; with it any world size resumes where another stopped. prefetch: packs decoded ahead.
     parts: of the signal that are read and decoded; None: all. await_shard: for an open snapshot, which needs it.
+    chosen: bool [rows of the manifest], the rows of the split that there are at all; None: all. numbers: the packs to
+    serve, counted over all epochs, rising, in place of what rank, world_size and start say.
 
     Raises UsageError if a sequence does not fit the window, IdentityMismatch if manifest and snapshot are of
     different tokenizers, StoreError if the snapshot lacks sequences of the split or the split is empty.
@@ -74,6 +77,8 @@ class Stream:
         prefetch: int = 4,
         parts: Collection[str] | None = None,
         await_shard: AwaitShard | None = None,
+        chosen: NDArray[np.bool_] | None = None,
+        numbers: Iterable[int] | None = None,
     ) -> None:
         assert 0 <= rank < world_size
         assert snapshot is None or await_shard is not None or not snapshot.open
@@ -84,7 +89,9 @@ class Stream:
         self._epochs, self._prefetch, self._parts = epochs, prefetch, parts
         self._index = manifest.index()
         self._masks = manifest.masks()
-        self._entries = np.flatnonzero(self._index.heldout == heldout)
+        self._numbers_given = numbers
+        of_split = self._index.heldout == heldout
+        self._entries = np.flatnonzero(of_split if chosen is None else of_split & chosen)
         self._check(heldout)
         self._placed = _place(self._index, manifest, snapshot, self._entries)
         self._blocks = _blocks(self._index, self._placed, snapshot, self._entries)
@@ -151,12 +158,13 @@ class Stream:
     def _numbers(self) -> Iterator[tuple[int, int]]:
         """(epoch, number in the epoch) of this rank's packs from the cursor on."""
         epoch, before = 0, 0
-        while self._epochs is None or epoch < self._epochs:
-            count = self.packs_per_epoch(epoch)
-            skip = max(self._start - before, 0)
-            offset = (self._start + self._rank - before - skip) % self._world_size
-            yield from ((epoch, number) for number in range(skip + offset, count, self._world_size))
-            epoch, before = epoch + 1, before + count
+        given = self._numbers_given
+        for number in count(self._start + self._rank, self._world_size) if given is None else given:
+            while number - before >= (packs := self.packs_per_epoch(epoch)):
+                epoch, before = epoch + 1, before + packs
+                if epoch == self._epochs:
+                    return
+            yield epoch, int(number) - before
 
     def _order(self, epoch: int) -> EpochOrder:
         with self._lock:  # the decoding thread and packs_per_epoch both ask
@@ -179,7 +187,8 @@ class Stream:
         weights = self._index.weights[rows]
         digests = tuple(self._index.sequences[row].decode() for row in rows)
         window = self._window if self._pack else len(found[0].sequence.input_ids)
-        return assemble(found, masks, weights, digests, window=window, epoch=epoch, index=number)
+        pack = assemble(found, masks, weights, digests, window=window, epoch=epoch, index=number)
+        return replace(pack, rows=rows)
 
     def _stored(self, reader: "_Reader", row: int) -> StoredSequence:
         """A sequence with its signal. That its ids give the digest asked for costs 1 % of decoding it."""

@@ -1,13 +1,14 @@
 """The files beside the shards, checked: the log's entries, the plans, the side files named by their digest.
 
-Enters: a store's files. Leaves: `Problem`s, and which units the healthy plans hold. Costs: one read of those files; of
-the output head, the only large one, 16 MB are in memory at a time.
+Enters: a store's files, of any kind of store. Leaves: `Problem`s, and which units the healthy plans hold; `Findings`,
+what a report has of every kind. Costs: one read of those files; of the output head, the only large one, 16 MB are in
+memory at a time.
 """
 
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -18,8 +19,10 @@ from stillroom.storage.errors import CorruptShard, StoreError
 from stillroom.storage.fidelity.truth import FOLDER as TRUTH
 from stillroom.storage.files import Files, content_digest
 from stillroom.storage.identity import Identity
+from stillroom.storage.log import CommitLog
 from stillroom.storage.records import ShardRef, Unit
 from stillroom.storage.shard import parse_shard_path
+from stillroom.storage.store import UnitStore
 
 SIDE, LOG = "_stillroom", "_delta_log"
 
@@ -45,7 +48,13 @@ _ACTIONS: dict[str, tuple[str, ...]] = {
 #: Of a shard's columns and their elements, in Delta's words.
 _TYPES = ("string", "integer", "short", "byte", "long", "float", "double", "binary")
 
-REPAIR = "`stillroom verify STORE --repair`"
+#: Of the stage that fills a store of logits, and one of generations.
+SCORES_AGAIN, WRITES_AGAIN = "`stillroom teach` scores again", "`stillroom generate` makes again"
+
+
+def repair_of(uri: str) -> str:
+    """The command, for a remedy."""
+    return f"`stillroom verify {uri} --repair`"
 
 
 @dataclass(frozen=True)
@@ -73,7 +82,42 @@ class Plans:
     problems: list[Problem] = field(default_factory=list)
 
 
-def audit_plans(files: Files) -> Plans:
+@dataclass
+class Findings:
+    """What was found in a store of any kind.
+
+    unplanned: units of good shards that no healthy plan names, as the shards have them.
+    """
+
+    store: UnitStore
+    plans: Plans
+    refs: Mapping[str, ShardRef]
+    problems: list[Problem] = field(default_factory=list)
+    unplanned: dict[str, Unit] = field(default_factory=dict)
+    uncommitted_files: int = 0
+
+    #: Which kind, for those who read the report.
+    kind = "signal"
+
+    def counted(self) -> dict[str, Any]:
+        """What was read, in the words of the kind; JSON-able."""
+        return {}
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {
+            "store": self.store.uri,
+            "kind": self.kind,
+            "shards": len(self.refs),
+            # Not a problem: a run that was stopped leaves them, and so does a repair.
+            "units_planned_not_committed": len(self.plans.units.keys() - self.refs.keys()),
+            **self.counted(),
+            "uncommitted_files": self.uncommitted_files,
+            "problems": [problem.as_dict() for problem in self.problems],
+        }
+
+
+def audit_plans(files: Files, planned_anew: str = "planned anew by `stillroom teach`") -> Plans:
     """Every plan by itself, so that one damaged file hides no other. Raises StoreError if one cannot be reached."""
     found = Plans()
     for name in files.list(plans.FOLDER):
@@ -83,21 +127,21 @@ def audit_plans(files: Files) -> Plans:
             found.units.update((unit.id, unit) for unit in plans.load_plan(files, name))
         except CorruptShard as error:
             found.damaged.append(name)
-            remedy = f"{REPAIR} rebuilds it from the shards; units not scored yet are planned anew by `stillroom teach`"
+            remedy = f"{repair_of(files.uri)} rebuilds it from the shards; units not done yet are {planned_anew}"
             found.problems.append(Problem(name, str(error), remedy, "replan"))
     return found
 
 
-def log_problems(files: Files, columns: Seq[str]) -> Iterator[Problem]:
+def log_problems(files: Files, columns: Seq[str], again: str = SCORES_AGAIN) -> Iterator[Problem]:
     """Entries that are no Delta actions, that name no shard, or that are missing between others.
 
     delta-rs passes over what it does not know, so that a flipped bit in the word "add" silently takes a shard out.
-    columns: of a shard; the schema that other readers go by must have them.
+    columns: of a shard; the schema that other readers go by must have them. again: what makes lost units anew.
     """
     names = files.list(LOG)
     entries = {int(match[1]): match[0] for name in names if (match := _ENTRY.fullmatch(name))}
     checkpoints = [int(match[1]) for name in names if (match := _CHECKPOINT.fullmatch(name))]
-    remedy = "put back a copy of this file; without one, `stillroom teach` scores again what the log no longer names"
+    remedy = f"put back a copy of this file; without one, {again} what the log no longer names"
     if entries:
         expected = range(min(entries) if checkpoints and min(checkpoints) <= min(entries) else 0, max(entries))
         for version in sorted(set(expected) - entries.keys()):
@@ -144,6 +188,33 @@ def _schema_problem(fields: list[dict[str, Any]], columns: Seq[str]) -> str | No
     return None
 
 
+def state_problems(store: UnitStore, again: str = SCORES_AGAIN) -> Iterator[Problem]:
+    """Shards that the log no longer names, of which no entry by itself says that it was damaged."""
+    try:
+        CommitLog.open(store.uri).require_whole()
+    except StoreError as error:
+        yield Problem(LOG, str(error), f"put back a copy of the log; without one, {again} what it no longer names")
+
+
+def entry_problem(ref: ShardRef, size_bytes: int, records: int | None, found: int, words: str, uri: str) -> Problem:
+    """The log has other numbers of a good shard than its file. records: by the log, None where it is silent; found: in
+    the file; words: what they count."""
+    counted = "an unknown number of" if records is None else f"{records:,}"
+    return Problem(
+        ref.path,
+        f"the log has {ref.size_bytes:,} bytes and {counted} {words}, the file {size_bytes:,} and {found:,}",
+        f"{repair_of(uri)} corrects the log",
+        "correct",
+        ref,
+    )
+
+
+def leftovers(sizes: Mapping[str, int], refs: Mapping[str, ShardRef]) -> int:
+    """How many files lie beside the shards that the log names, temporary ones left out. sizes: of files by name."""
+    named = {ref.path for ref in refs.values()}
+    return len([name for name in sizes if name not in named and not name.endswith(".tmp")])
+
+
 def side_problems(files: Files, identity: Identity) -> Iterator[Problem]:
     """Side files whose content is not what their name says, and the one that the identity asks for.
 
@@ -151,11 +222,7 @@ def side_problems(files: Files, identity: Identity) -> Iterator[Problem]:
     """
     hidden = identity.signal.hidden
     needed = calibration_path(hidden.calibration) if hidden and hidden.calibration else None
-    for name in files.list(SIDE):
-        stated = content_digest(name)
-        found = stated and sha256_of(files, name)
-        if found != stated:
-            yield Problem(name, "its sha256 is not the one in its name: it was damaged", _side_remedy(name, needed))
+    yield from digest_problems(files, needed)
     if needed:
         if not files.exists(needed):
             problem = "the calibration that the identity names is not there: no hidden state can be read"
@@ -172,8 +239,17 @@ def side_problems(files: Files, identity: Identity) -> Iterator[Problem]:
     for name in files.list(TRUTH):
         stated = content_digest(name)
         if stated and sha256_of(files, name) != stated:
-            remedy = f"{REPAIR} removes it; fidelity is then measured at the positions that are left"
+            remedy = f"{repair_of(files.uri)} removes it; fidelity is then measured at the positions that are left"
             yield Problem(name, "its sha256 is not the one in its name: it was damaged", remedy, "remove")
+
+
+def digest_problems(files: Files, needed: str | None = None) -> Iterator[Problem]:
+    """Side files whose content is not what their name says. needed: the calibration, if there is one."""
+    for name in files.list(SIDE):
+        stated = content_digest(name)
+        found = stated and sha256_of(files, name)
+        if found != stated:
+            yield Problem(name, "its sha256 is not the one in its name: it was damaged", _side_remedy(name, needed))
 
 
 def _side_remedy(name: str, needed: str | None) -> str:

@@ -4,7 +4,8 @@ Enters: a store's URI. Leaves: a log that names good shards only, plans that nam
 what was done. Costs: `verify`, and one or two commits.
 
     damaged, missing or wrong shard   dropped from the log; `stillroom teach` scores exactly its unit again, as what is
-                                      pending is the corpus less the committed. The file stays, for `stillroom gc`.
+                                      pending is the corpus less the committed, and `stillroom generate` makes one of
+                                      responses again. The file stays, for `stillroom gc`.
     log entry of wrong size or count  dropped and committed anew with what the file says
     damaged or lost plan              rebuilt from the shards' own sequences
     damaged fidelity sample           removed
@@ -22,22 +23,23 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from stillroom.storage import plans
-from stillroom.storage.care.audit import Problem
-from stillroom.storage.care.verify import ProgressCall, Report, examine
+from stillroom.storage.care.audit import Findings, Problem
+from stillroom.storage.care.responses import ProgressCall
+from stillroom.storage.care.verify import examine_any
 from stillroom.storage.files import Files
+from stillroom.storage.generations.store import GenerationStore, open_any
 from stillroom.storage.log import CommitLog
 from stillroom.storage.records import Receipt, ShardRef, Unit
-from stillroom.storage.store import open_store
 
 
 def repair_store(uri: str, progress: ProgressCall | None = None) -> dict[str, Any]:
-    """Verify, then mend what can be mended.
+    """Verify a store of any kind, then mend what can be mended.
 
     Returns `verify_store`'s dictionary with `repaired` on every problem, and under `repair` what was done and what
-    is to be scored again. Raises what `verify_store` raises, and IdentityMismatch or FormatMismatch for a damaged
+    is to be made again. Raises what `verify_store` raises, and IdentityMismatch or FormatMismatch for a damaged
     identity file, which no repair can invent.
     """
-    report = examine(open_store(uri), progress)
+    report = examine_any(open_any(uri), progress)
     done = _repair(report)
     found = report.as_dict()
     for shown, problem in zip(found["problems"], report.problems, strict=True):
@@ -45,7 +47,7 @@ def repair_store(uri: str, progress: ProgressCall | None = None) -> dict[str, An
     return found | {"repair": done, "problems_left": sum(p.action is None for p in report.problems)}
 
 
-def _repair(report: Report) -> dict[str, Any]:
+def _repair(report: Findings) -> dict[str, Any]:
     files = report.store.files
     # Plans before the log: a unit that the log names and no plan does is worse than one more plan.
     rebuilt = rebuild_plans(files, list(report.unplanned.values()), report.plans.damaged)
@@ -58,9 +60,8 @@ def _repair(report: Report) -> dict[str, Any]:
     queued = [report.plans.units[ref.unit] for ref in dropped if ref.unit in report.plans.units]
     return {
         "units_dropped": sorted(ref.unit for ref in dropped),
-        "sequences_to_score": sum(len(unit.sequences) for unit in queued),
-        "tokens_to_score": sum(sum(unit.tokens) for unit in queued),
-        # Their plan is lost with them: `stillroom teach` finds their sequences in the corpus.
+        **_to_do(report, queued),
+        # Their plan is lost with them: `teach` and `generate` find what they held in the corpus and the prompts.
         "units_of_unknown_size": len(dropped) - len(queued),
         "log_entries_corrected": corrected,
         "plans_rebuilt": rebuilt,
@@ -68,11 +69,22 @@ def _repair(report: Report) -> dict[str, Any]:
     }
 
 
+def _to_do(report: Findings, queued: Seq[Unit]) -> dict[str, int]:
+    """What the units dropped are to their teacher."""
+    sequences = sum(len(unit.sequences) for unit in queued)
+    if isinstance(report.store, GenerationStore):
+        return {
+            "prompts_to_answer": sequences,
+            "responses_to_generate": sequences * report.store.identity.decoding.n,
+        }
+    return {"sequences_to_score": sequences, "tokens_to_score": sum(sum(unit.tokens) for unit in queued)}
+
+
 def _concerned(problems: Seq[Problem], action: str) -> dict[str, ShardRef]:
     return {p.ref.path: p.ref for p in problems if p.action == action and p.ref is not None}
 
 
-def _correct(log: CommitLog, report: Report, dropped: set[str]) -> int:
+def _correct(log: CommitLog, report: Findings, dropped: set[str]) -> int:
     """Commit the shards anew of which the log says something wrong; returns how many.
 
     A file cannot be dropped and added in one commit of a Delta log. Killed in between, the unit is one to be scored.

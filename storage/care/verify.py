@@ -6,36 +6,37 @@ one row group of it in memory at a time; about 300,000 tokens/s a core at k = 64
 What each problem is and who can mend it stands with it; storage/care/repair.py mends what needs no person.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from stillroom.storage.care.audit import (
     LOG,
-    REPAIR,
-    Plans,
+    Findings,
     Problem,
     audit_plans,
+    entry_problem,
+    leftovers,
     log_problems,
+    repair_of,
     sha256_of,
     side_problems,
+    state_problems,
 )
 from stillroom.storage.care.checks import Agreement, signal_problem
-from stillroom.storage.errors import CorruptShard, FormatMismatch, IdentityMismatch, StoreError
-from stillroom.storage.files import Files, open_files
+from stillroom.storage.care.responses import ProgressCall, examine_generations
+from stillroom.storage.errors import CorruptShard, FormatMismatch, IdentityMismatch, NoStore, StoreError
+from stillroom.storage.files import GENERATIONS_MARK, Files, open_files
+from stillroom.storage.generations.store import GenerationStore, holds_generations, open_any
 from stillroom.storage.log import CommitLog
 from stillroom.storage.records import ShardRef, Unit
 from stillroom.storage.schema import shard_schema
 from stillroom.storage.shard import FOLDER, ShardReader, signal_codec
-from stillroom.storage.store import IDENTITY, Store, open_store
-
-ProgressCall = Callable[[int, int], None]
-
-RESCORE = f"{REPAIR} and `stillroom teach` on the recipe score its unit again"
+from stillroom.storage.store import IDENTITY, Store
 
 
 def verify_store(uri: str, progress: ProgressCall | None = None) -> dict[str, Any]:
-    """Read everything that is committed and check it.
+    """Read everything that is committed and check it, in a store of any kind (of generations: care/responses.py).
 
     Digests and page checksums of shards, plans and side files; the log against the files; sequences against their
     digests and the plans; finite logits by falling rank, distinct ids inside the vocabulary, a tail that is a
@@ -44,16 +45,15 @@ def verify_store(uri: str, progress: ProgressCall | None = None) -> dict[str, An
 
     progress: called with (shards done, shards in all). Returns a dictionary with `problems`, a list of
     {shard or file, problem, remedy}, and what was counted; `alignment` is None where there is nothing to compare.
-    Raises FormatMismatch where there is no store, StoreError where the log, a plan or a side file cannot be reached.
+    Raises NoStore where there is none, StoreError where the log, a plan or a side file cannot be reached.
     """
     files = open_files(str(uri))
-    if not files.exists(IDENTITY):
-        open_store(uri)  # says so
     try:
-        return examine(open_store(uri), progress).as_dict()
+        return examine_any(open_any(uri), progress).as_dict()
+    except NoStore:
+        raise
     except (IdentityMismatch, FormatMismatch) as error:
-        remedy = "put back a copy of it; every student's snapshot.parquet holds one, under `identity` of its metadata"
-        return _unopened(files, [Problem(IDENTITY, str(error), remedy)])
+        return _unopened(files, [_identity_problem(files, error)])
     except StoreError as error:
         entries = list(log_problems(files, []))
         if not entries:
@@ -61,41 +61,26 @@ def verify_store(uri: str, progress: ProgressCall | None = None) -> dict[str, An
         return _unopened(files, [*entries, Problem(LOG, str(error), "see the entries of it")])
 
 
-@dataclass
-class Report:
-    """What was found.
+def examine_any(store: Store | GenerationStore, progress: ProgressCall | None = None) -> Findings:
+    """`verify_store` of a store that is open, for those who act on what it finds."""
+    return examine_generations(store, progress) if isinstance(store, GenerationStore) else examine(store, progress)
 
-    unplanned: units of good shards that no healthy plan names, as the shards have them. rows, sequences: of the shards
-    that could be read to their end.
-    """
+
+@dataclass
+class Report(Findings):
+    """rows, sequences: of the shards that could be read to their end."""
 
     store: Store
-    plans: Plans
-    refs: Mapping[str, ShardRef]
-    problems: list[Problem] = field(default_factory=list)
-    unplanned: dict[str, Unit] = field(default_factory=dict)
     agreement: Agreement = field(default_factory=Agreement)
     sequences: int = 0
     rows: int = 0
-    uncommitted_files: int = 0
 
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-able."""
-        return {
-            "store": self.store.uri,
-            "shards": len(self.refs),
-            # Not a problem: a run that was stopped leaves them, and so does a repair.
-            "units_planned_not_committed": len(self.plans.units.keys() - self.refs.keys()),
-            "sequences": self.sequences,
-            "rows": self.rows,
-            "alignment": self.agreement.shares(),
-            "uncommitted_files": self.uncommitted_files,
-            "problems": [problem.as_dict() for problem in self.problems],
-        }
+    def counted(self) -> dict[str, Any]:
+        return {"sequences": self.sequences, "rows": self.rows, "alignment": self.agreement.shares()}
 
 
 def examine(store: Store, progress: ProgressCall | None = None) -> Report:
-    """`verify_store` of a store that is open, for those who act on what it finds."""
+    """`examine_any` of a store of logits."""
     sizes = {info.name: info.size_bytes for info in store.files.walk() if info.name.startswith(FOLDER + "/")}
     report = Report(store, audit_plans(store.files), store.committed())
     report.problems += report.plans.problems
@@ -110,10 +95,9 @@ def examine(store: Store, progress: ProgressCall | None = None) -> Report:
         if progress:
             progress(number, len(report.refs))
     if not report.problems:  # else it is explained
-        report.problems += _state_problems(store)
+        report.problems += state_problems(store)
     report.problems += _alignment_problems(report)
-    named = {ref.path for ref in report.refs.values()}
-    report.uncommitted_files = len([name for name in sizes if name not in named and not name.endswith(".tmp")])
+    report.uncommitted_files = leftovers(sizes, report.refs)
     return report
 
 
@@ -148,16 +132,10 @@ class _Shard:
         self.report.sequences += sequences
         self.report.rows += rows
         if self.ref.size_bytes != self.size_bytes or self.records != sequences:
-            yield self._problem(
-                f"the log has {self.ref.size_bytes:,} bytes and {_count(self.records)} sequences, the file "
-                f"{self.size_bytes:,} and {sequences:,}",
-                "correct",
-                f"{REPAIR} corrects the log",
-            )
+            yield entry_problem(self.ref, self.size_bytes, self.records, sequences, "sequences", self.store.uri)
         if self.ref.unit not in self.report.plans.units:
-            yield self._problem(
-                "no saved plan names this unit", "replan", f"{REPAIR} writes a plan from the shards' own sequences"
-            )
+            remedy = f"{repair_of(self.store.uri)} writes a plan from the shards' own sequences"
+            yield self._problem("no saved plan names this unit", "replan", remedy)
 
     def digest_problems(self) -> Iterator[Problem]:
         """Of a file that cannot be decoded, as the store lacks its calibration."""
@@ -195,16 +173,14 @@ class _Shard:
         elif unit.id not in self.report.plans.units and not bad:
             self.report.unplanned[unit.id] = unit
         elif self.report.plans.units.get(unit.id, unit) != unit:
-            remedy = f"move the plan that names this unit out of _stillroom/plans, and {REPAIR} rebuilds it"
+            repair = repair_of(self.store.uri)
+            remedy = f"move the plan that names this unit out of _stillroom/plans, and {repair} rebuilds it"
             yield self._problem("a saved plan gives its sequences other lengths than they have", None, remedy)
         return len(digests), sum(unit.rows)
 
-    def _problem(self, text: str, action: Any, remedy: str = RESCORE) -> Problem:
-        return Problem(self.ref.path, text, remedy, action, self.ref)
-
-
-def _count(records: int | None) -> str:
-    return "an unknown number of" if records is None else f"{records:,}"
+    def _problem(self, text: str, action: Any, remedy: str | None = None) -> Problem:
+        rescore = f"{repair_of(self.store.uri)} and `stillroom teach` on the recipe score its unit again"
+        return Problem(self.ref.path, text, remedy or rescore, action, self.ref)
 
 
 def _decodable(store: Store) -> bool:
@@ -216,23 +192,22 @@ def _decodable(store: Store) -> bool:
     return True
 
 
-def _state_problems(store: Store) -> Iterator[Problem]:
-    """Shards that the log no longer names, of which no entry by itself says that it was damaged."""
-    try:
-        CommitLog.open(store.uri).require_whole()
-    except StoreError as error:
-        remedy = "put back a copy of the log; without one, `stillroom teach` scores again what it no longer names"
-        yield Problem(LOG, str(error), remedy)
-
-
 def _alignment_problems(report: Report) -> Iterator[Problem]:
     problem = report.agreement.problem()
     if problem:
         remedy = (
-            "`stillroom verify STORE --rescore 4` tells which it is: if the teacher says the same again, it is the "
-            "teacher; if not, teach into another store.path"
+            f"`stillroom verify {report.store.uri} --rescore 4` tells which it is: if the teacher says the same again, "
+            "it is the teacher; if not, teach into another store.path"
         )
         yield Problem("all", problem, remedy)
+
+
+def _identity_problem(files: Files, error: StoreError) -> Problem:
+    if holds_generations(files):
+        remedy = "put back a copy of it; without one remove it, and `stillroom generate` on the recipe writes it anew"
+        return Problem(GENERATIONS_MARK, str(error), remedy)
+    remedy = "put back a copy of it; every student's snapshot.parquet holds one, under `identity` of its metadata"
+    return Problem(IDENTITY, str(error), remedy)
 
 
 def _unopened(files: Files, problems: list[Problem]) -> dict[str, Any]:

@@ -8,13 +8,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
+from stillroom.storage.catalog.footers import columns_of, footer_of
 from stillroom.storage.catalog.stores import kept_fidelity, reuse_of, summary
 from stillroom.storage.catalog.stores import list_stores as list_stores  # part of what this module offers
 from stillroom.storage.catalog.views import texts_of
-from stillroom.storage.errors import CorruptShard, StoreError
+from stillroom.storage.errors import StoreError
 from stillroom.storage.records import Sequence, ShardRef, TopK
 from stillroom.storage.store import Store, open_store
 
@@ -92,22 +91,10 @@ def _column_sizes(store: Store, refs: list[ShardRef]) -> dict[str, float]:
     sizes: dict[str, int] = {}
     tokens = 0
     for ref in refs:
-        metadata = _footer(store, ref)
-        for group in range(metadata.num_row_groups):
-            for number in range(metadata.num_columns):
-                column = metadata.row_group(group).column(number)
-                name = column.path_in_schema.partition(".")[0]
-                sizes[name] = sizes.get(name, 0) + column.total_compressed_size
-                tokens += column.num_values if name == "input_ids" else 0
+        for name, column in columns_of(footer_of(store, ref)):
+            sizes[name] = sizes.get(name, 0) + column.total_compressed_size
+            tokens += column.num_values if name == "input_ids" else 0
     return {name: round(size / max(tokens, 1), 2) for name, size in sizes.items()}
-
-
-def _footer(store: Store, ref: ShardRef) -> pq.FileMetaData:
-    try:
-        return pq.read_metadata(store.files.open(ref.path))
-    except (pa.ArrowException, OSError) as error:
-        where = f"{store.uri}/{ref.path}"
-        raise CorruptShard(f"{where} is no Parquet file: {error}; run `stillroom verify {store.uri}`") from error
 
 
 def _unit(store: Store, unit: str, positions: int) -> dict[str, Any]:

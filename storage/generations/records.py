@@ -53,6 +53,26 @@ class Decoding:
     def from_dict(fields: dict[str, Any]) -> "Decoding":
         return Decoding(**{**fields, "stop": tuple(fields["stop"])})
 
+    def in_words(self) -> str:
+        """For people, without what is as it is anyway.
+
+        >>> Decoding(method="sample", max_tokens=64, n=2, temperature=0.8, top_p=0.95, top_k=0, seed=1).in_words()
+        'sampled, n = 2, T = 0.8, top-p 0.95, seed 1, up to 64 tokens'
+        """
+        said = ["greedy"]
+        if self.method == "sample":
+            said = ["sampled", f"n = {self.n}", f"T = {self.temperature:g}"]
+            said += [f"top-p {self.top_p:g}"] if self.top_p not in (None, 1.0) else []
+            said += [f"top-k {self.top_k}"] if self.top_k else []
+            said += [f"seed {self.seed}"]
+        if self.method == "beam":
+            said = [f"beam search, best {self.n} of {self.beams}", f"length penalty {self.length_penalty:g}"]
+        said += [
+            f"{self.min_tokens} to {self.max_tokens} tokens" if self.min_tokens else f"up to {self.max_tokens} tokens"
+        ]
+        said += [f"stop at {' or '.join(map(repr, self.stop))}"] if self.stop else []
+        return ", ".join(said)
+
     def sample_seed(self, prompt: str, sample: int) -> int:
         """Of one response, below 2⁶³: a function of the prompt's digest, the sample's number and the recipe's seed
         alone. So another order, unit size or number of actors makes the same requests."""

@@ -107,7 +107,7 @@ def read_generations(files: Files, identity: GenerationIdentity, ref: ShardRef) 
     if found != ref.sha256:
         raise CorruptShard(
             f"{where} has sha256 {found[:16]}…, committed was {ref.sha256[:16]}…: it was damaged or replaced; put "
-            "back a copy of it (its name holds its digest)"
+            f"back a copy of it (its name holds its digest), or {_again(files)}"
         )
     try:
         check_shard(data, value_bytes(SCHEMA))
@@ -182,6 +182,10 @@ def _responses(table: pa.Table) -> list[Generation]:
     return found
 
 
-def missing(error: StoreError, ref: ShardRef) -> StoreError:
+def missing(error: StoreError, files: Files) -> StoreError:
     """A shard that the log names and that is gone."""
-    return StoreError(f"{error}; the log names {ref.path}: put back a copy of it")
+    return StoreError(f"{error}; the log names it: put back a copy of it, or {_again(files)}")
+
+
+def _again(files: Files) -> str:
+    return f"run `stillroom verify {files.uri} --repair` and then `stillroom generate`, which makes its unit again"

@@ -12,14 +12,14 @@ A unit is of prompts: each has n responses, which are committed together.
 
 from collections.abc import Container, Iterator
 
-from stillroom.storage.errors import FormatMismatch, IdentityMismatch, StoreError
+from stillroom.storage.errors import IdentityMismatch, NoStore, StoreError
 from stillroom.storage.files import GENERATIONS_MARK as MARK
 from stillroom.storage.files import STORE_MARK, Files, open_files
 from stillroom.storage.generations.records import GenerationIdentity
 from stillroom.storage.generations.shard import SCHEMA, StoredUnit, missing, read_generations
 from stillroom.storage.log import CommitLog
 from stillroom.storage.shard import FOLDER as SHARDS
-from stillroom.storage.store import UnitStore, read_identity
+from stillroom.storage.store import Store, UnitStore, open_store, read_identity
 
 
 class GenerationStore(UnitStore):
@@ -36,16 +36,27 @@ class GenerationStore(UnitStore):
             if wanted is not None and unit not in wanted:
                 continue
             if not self.files.exists(ref.path):
-                raise missing(StoreError(f"cannot read {self.uri}/{ref.path}: there is no such file"), ref)
+                raise missing(StoreError(f"cannot read {self.uri}/{ref.path}: there is no such file"), self.files)
             yield read_generations(self.files, self.identity, ref)
 
 
 def open_generations(uri: str) -> GenerationStore:
-    """Raises FormatMismatch if there are none at `uri`, IdentityMismatch if the identity is damaged, StoreError."""
+    """Raises NoStore if there are none at `uri`, IdentityMismatch, FormatMismatch if their identity is damaged,
+    StoreError."""
     files = open_files(str(uri))
     if not files.exists(MARK):
-        raise FormatMismatch(f"{files.uri} holds no generations: it has no {MARK}; `stillroom generate` makes one")
+        raise NoStore(f"{files.uri} holds no generations: it has no {MARK}; `stillroom generate` makes one")
     return GenerationStore(files, read_identity(files, MARK, GenerationIdentity.from_json), CommitLog.open(files.uri))
+
+
+def open_any(uri: str) -> Store | GenerationStore:
+    """The store at `uri`, of whichever kind. Raises NoStore if there is none, and as `open_store` does."""
+    return open_generations(uri) if holds_generations(open_files(str(uri))) else open_store(uri)
+
+
+def holds_generations(files: Files) -> bool:
+    """Whether they are a store of generations. Raises StoreError where that cannot be seen."""
+    return not files.exists(STORE_MARK) and files.exists(MARK)
 
 
 def create_generations(uri: str, identity: GenerationIdentity) -> GenerationStore:

@@ -84,12 +84,13 @@ class S3Files:
 
         self._call("delete", name, remove)
 
-    def holders(self, tail: str) -> Iterator[str]:
+    def holders(self, *tails: str) -> Iterator[str]:
         """By folders, and not below a holder: a store's shards are not listed to find the store beside it."""
         waiting = [""]
         while waiting:
             folder = waiting.pop(0)
-            if self._info(f"{folder}/{tail}" if folder else tail).type == fs.FileType.File:
+            names = [f"{folder}/{tail}" if folder else tail for tail in tails]
+            if any(self._info(name).type == fs.FileType.File for name in names):
                 yield folder
                 continue
             found = self._select(folder, recursive=False)

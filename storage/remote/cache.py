@@ -88,8 +88,8 @@ class CachedFiles:
     def delete(self, name: str) -> None:
         self._files.delete(name)
 
-    def holders(self, tail: str) -> Iterator[str]:
-        return self._files.holders(tail)
+    def holders(self, *tails: str) -> Iterator[str]:
+        return self._files.holders(*tails)
 
     def free_bytes(self) -> int | None:
         return self._files.free_bytes()

@@ -15,7 +15,7 @@ from stillroom.storage.log import CommitLog
 from stillroom.storage.records import Receipt, ShardRef
 from stillroom.storage.schema import parquet_settings
 from stillroom.storage.shard import shard_path, signal_codec
-from stillroom.storage.store import Store
+from stillroom.storage.store import Store, UnitStore
 
 Change = Callable[[pa.Table], pa.Table]
 
@@ -66,7 +66,7 @@ def replace(store: Store, old: ShardRef, new: ShardRef, sequences: int) -> None:
     store.commit([Receipt(new, sequences, 0, 0, batches=1, seconds=0.0)])
 
 
-def edit_entry(store: Store, version: int, change: Callable[[str], str]) -> str:
+def edit_entry(store: UnitStore, version: int, change: Callable[[str], str]) -> str:
     """Rewrite an entry of the log; returns its name."""
     name = f"_delta_log/{version:020d}.json"
     path = Path(store.uri, name)

@@ -90,7 +90,7 @@ def test_rows_that_break_the_contract_are_reported(store: Store, column: str, ch
     problem = problem_of(store)
     assert problem["shard"] == fresh.path
     assert words in problem["problem"]
-    assert "--repair" in problem["remedy"]
+    assert f"`stillroom verify {store.uri} --repair`" in problem["remedy"]
 
 
 def test_text_that_is_not_what_was_planned_is_reported(store: Store) -> None:
@@ -130,7 +130,7 @@ def test_draws_that_are_shifted_are_reported(tmp_path: Path, sequences: list[Seq
     problem = problem_of(store)
     assert problem["shard"] == "all"
     assert "repeat their input" in problem["problem"]
-    assert "--rescore" in problem["remedy"]
+    assert f"`stillroom verify {store.uri} --rescore 4`" in problem["remedy"]
 
 
 class TestLog:

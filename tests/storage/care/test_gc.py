@@ -167,6 +167,17 @@ class TestPins:
         assert (found["pins"], found["spared_pinned_files"]) == (1, 1)
         assert self.read_all(store, student) == 15
 
+    def test_who_pins_what_is_kept_is_named(self, store: Store, student: Path, tmp_path: Path) -> None:
+        (leftover,) = Snapshot.read(student).refs.keys() - store.committed().keys()
+        size = Snapshot.read(student).refs[leftover].size_bytes
+        snapshot, second = store.snapshot(), tmp_path / "second" / "snapshot.parquet"
+        pin(store.files, snapshot, second)  # it needs nothing that the log does not name
+        snapshot.write(second)
+        (row,) = collect(store)["pinned_by"]
+        assert (row["student"], row["host"]) == (str(student), pins.this_host())
+        assert (row["files"], row["size_bytes"]) == (1, size)
+        assert store.files.exists(row["pin"])
+
     def test_a_student_that_is_gone_keeps_nothing(self, store: Store, student: Path) -> None:
         student.unlink()
         found = collect(store)
