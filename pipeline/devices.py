@@ -46,13 +46,14 @@ def teachers_gpus(
             "cluster gives to a teacher: run `stillroom teach` on the cluster and `stillroom train` on a machine "
             "outside it, or set the student's device to cpu"
         )
-    own = int(student.device.partition(":")[2] or 0)
-    left = [name for number, name in enumerate(visible) if number != own]
+    first = int(student.device.partition(":")[2] or 0)
+    own = range(first, first + recipe.train.processes)
+    left = [name for number, name in enumerate(visible) if number not in own]
     if math.ceil(gpus) > len(left):
         raise RecipeError(
-            f"train.read_through: student {student.name} takes GPU {own} of {len(visible)}, which leaves {len(left)} "
-            f"for teachers that ask for {gpus:g} (ray.actors × teacher.ranks × ray.gpus_per_actor): they never share "
-            "one; lower these, set the student's device to cpu, or set train.read_through to false"
+            f"train.read_through: student {student.name} takes GPU {', '.join(map(str, own))} of {len(visible)}, which "
+            f"leaves {len(left)} for teachers that ask for {gpus:g} (ray.actors × teacher.ranks × ray.gpus_per_actor): "
+            "they never share one; lower these, set the student's device to cpu, or set train.read_through to false"
         )
     return left
 

@@ -3,6 +3,8 @@
 Enters: the recipe's `corpus` section. Leaves: frozen, checked settings. Costs: pydantic's import, nothing else.
 """
 
+from glob import has_magic
+from pathlib import PurePath
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -19,6 +21,10 @@ class SourceConfig(BaseModel):
     """A .txt, .jsonl, .jsonl.zst or .parquet file, a folder or a glob of them, a dataset folder written by
     `save_to_disk`, `python:NAME` for the text of a Python package, or `generations` for the responses that this
     recipe's `generate` section keeps."""
+
+    name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """What a student's `mix` calls it. null: `generations` for those, NAME of `python:NAME`, else the last part of the
+    path that has no wildcard, without its ending (`data/wiki/*.jsonl`: wiki)."""
 
     weight: float = Field(default=1.0, gt=0)
     """Factor on the loss of this source's tokens."""
@@ -44,6 +50,11 @@ class SourceConfig(BaseModel):
     splits: tuple[str, ...] | None = None
     """Splits to read of a dataset folder that has several, in this order; must be given for such a folder."""
 
+    @property
+    def called(self) -> str:
+        """`name`, or what is derived from `path`."""
+        return self.name or _derived_name(self.path)
+
     def fields_read(self) -> tuple[str, ...]:
         """The columns of a table that are read."""
         return (self.text_field, self.prompt_field, self.response_field, self.messages_field)
@@ -52,6 +63,22 @@ class SourceConfig(BaseModel):
     @classmethod
     def _from_path(cls, value: Any) -> Any:
         return {"path": value} if isinstance(value, str) else value
+
+
+def _derived_name(path: str) -> str:
+    """A source's name where none is given; several sources may have the same."""
+    scheme, _, rest = path.partition(":")
+    if scheme == "generations":
+        return scheme
+    if scheme == "python" and rest:
+        return rest
+    parts = [part for part in PurePath(path).parts if not has_magic(part) and part not in ("/", ".", "..")]
+    if not parts:
+        return path
+    last = parts[-1]
+    for ending in (".zst", ".txt", ".jsonl", ".parquet"):
+        last = last[: -len(ending)] if last.lower().endswith(ending) and len(last) > len(ending) else last
+    return last
 
 
 class CorpusConfig(BaseModel):
@@ -105,6 +132,27 @@ class CorpusConfig(BaseModel):
     @classmethod
     def _one_source(cls, value: Any) -> Any:
         return [value] if isinstance(value, str | dict | SourceConfig) else value
+
+    @field_validator("sources")
+    @classmethod
+    def _names_differ(cls, sources: tuple[SourceConfig, ...]) -> tuple[SourceConfig, ...]:
+        given = [source.name for source in sources if source.name is not None]
+        twice = sorted({name for name in given if given.count(name) > 1})
+        if twice:
+            raise ValueError(f"two sources are named {twice[0]}: give each a name of its own")
+        return sources
+
+    def names(self) -> list[str]:
+        """Of the sources, in their order. Derived ones may be the same."""
+        return [source.called for source in self.sources]
+
+    def settings(self) -> dict[str, Any]:
+        """As JSON. A source without a name has no key for it, so that manifests of before names stay what they are."""
+        stated = self.model_dump(mode="json")
+        for source in stated["sources"]:
+            if source["name"] is None:
+                del source["name"]
+        return stated
 
     @model_validator(mode="after")
     def _overlap_in_window(self) -> "CorpusConfig":

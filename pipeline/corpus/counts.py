@@ -3,6 +3,7 @@
 Enters: events. Leaves: numbers, a line and notices for people. Costs: nothing.
 """
 
+from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -10,6 +11,18 @@ from stillroom.pipeline.corpus.readers import BadLine
 from stillroom.storage.manifest import ManifestRow
 
 _EXAMPLES = 20
+#: Of what was left out, shown by name in a notice.
+_NAMED = 3
+
+
+def first_of(examples: Seq[str]) -> str:
+    """For a notice: the first three of what was left out.
+
+    >>> first_of(["a:3: no text"]), first_of(["a", "b", "c", "d"])
+    ('the first is a:3: no text', 'the first are a; b; c')
+    """
+    named = examples[:_NAMED]
+    return f"the first {'are' if named[1:] else 'is'} {'; '.join(named)}"
 
 
 @dataclass
@@ -24,7 +37,8 @@ class Counts:
     bad_lines, bad_examples: "source:line: reason", the first 20. blank_lines: between records.
     passed_files, passed_examples: in folders and globs, of no kind that can be read.
     stopped_at: the limit that ended the reading, or None. pairs_as: how pairs were rendered. retokenised_documents:
-        generations of another tokenizer, taken as text.
+        generations of another tokenizer, taken as text. sources: name and number of documents of each source, in their
+        order, so that a document's number says which it is of; empty in manifests of before sources had names.
     """
 
     pairs_as: str = "plain"
@@ -48,6 +62,7 @@ class Counts:
     passed_examples: list[str] = field(default_factory=list)
     stopped_at: str | None = None
     retokenised_documents: int = 0
+    sources: list[dict[str, Any]] = field(default_factory=list)
 
     def add_document(self, form: str, *, heldout: bool, empty: bool) -> int:
         """Returns the document's number."""
@@ -96,11 +111,10 @@ class Counts:
 
     def notices(self) -> list[str]:
         """What a user should know of, a line each; empty when all was plain."""
-        first_bad = next(iter(self.bad_examples), "")
-        first_passed = next(iter(self.passed_examples), "")
+        bad, passed = first_of(self.bad_examples), first_of(self.passed_examples)
         said = [
-            (self.bad_lines, f"{self.bad_lines:,} bad lines left out, the first is {first_bad}"),
-            (self.passed_files, f"{self.passed_files:,} files of other kinds passed over, the first is {first_passed}"),
+            (self.bad_lines, f"{self.bad_lines:,} bad lines left out, {bad}"),
+            (self.passed_files, f"{self.passed_files:,} files of other kinds passed over, {passed}"),
             (self.empty_documents, f"{self.empty_documents:,} empty documents left out"),
             (self.duplicate_sequences, f"{self.duplicate_sequences:,} sequences occur more than once"),
             (self.untrained_sequences, f"{self.untrained_sequences:,} sequences hold nothing to learn"),

@@ -18,9 +18,10 @@ from stillroom.pipeline.corpus.verdicts import read_verdicts
 from stillroom.storage.errors import IdentityMismatch, RecipeError
 from stillroom.storage.generations.records import Generation
 from stillroom.storage.generations.store import open_generations
+from stillroom.storage.manifest import GENERATIONS
 
 #: How a source's path begins that names a table of verdicts.
-PREFIX = "generations:"
+PREFIX = GENERATIONS
 #: The one field of a record.
 FIELD = "generation"
 

@@ -53,13 +53,20 @@ def ingest_if_needed(
 ) -> tuple[Manifest, bool]:
     """Like `ingest`, but reuses `out` if it was made of this configuration, tokenizer and these files (by path, size
     and time of change). Also returns whether it ingested."""
+    held = held_manifest(config, tokenizer, out=out, root=root)
+    if held is not None:
+        return held, False
     encoder = Encoder(config, tokenizer)
-    found = _find(config, root)
-    if out.exists():
-        manifest = Manifest.open(out)
-        if manifest.meta.inputs == _inputs(config, encoder, found):
-            return manifest, False
-    return _ingest(config, encoder, found, out, progress), True
+    return _ingest(config, encoder, _find(config, root), out, progress), True
+
+
+def held_manifest(config: CorpusConfig, tokenizer: Any, *, out: Path, root: Path = Path()) -> Manifest | None:
+    """What lies at `out`, if it was made of this configuration, tokenizer and these files."""
+    if not out.exists():
+        return None
+    manifest = Manifest.open(out)
+    inputs = _inputs(config, Encoder(config, tokenizer), _find(config, root))
+    return manifest if manifest.meta.inputs == inputs else None
 
 
 def _find(config: CorpusConfig, root: Path) -> Found:
@@ -73,13 +80,14 @@ def _inputs(config: CorpusConfig, encoder: Encoder, found: Found) -> str:
         if isinstance(file, sources.SourceFile):
             stat = file.path.stat()
             files.append([file.name, stat.st_size, stat.st_mtime_ns])
-    parts = [REVISION, config.model_dump(mode="json"), encoder.digest, encoder.fingerprint, files]
+    parts = [REVISION, config.settings(), encoder.digest, encoder.fingerprint, files]
     return digest128(b"stillroom.inputs.1", canonical_json(parts))
 
 
 def _ingest(config: CorpusConfig, encoder: Encoder, found: Found, out: Path, progress: Progress | None) -> Manifest:
     renderer = Renderer(config, encoder.template, encoder.digest)
     counts = Counts(pairs_as="chat" if renderer.pairs_as_chat else "plain")
+    counts.sources = [{"name": name, "documents": 0} for name in config.names()]
     inputs = _inputs(config, encoder, found)
     with ManifestWriter(out) as writer:
         for batch in _batches(islice(_documents(config, renderer, found, counts), config.limit_documents)):
@@ -102,7 +110,7 @@ def _ingest(config: CorpusConfig, encoder: Encoder, found: Found, out: Path, pro
                 chat_template=encoder.template_digest,
                 vocabulary=encoder.vocabulary,
                 counts=counts.as_dict(),
-                config=config.model_dump(mode="json"),
+                config=config.settings(),
                 inputs=inputs,
             )
         )
@@ -160,6 +168,9 @@ def _append(
 ) -> None:
     heldout = is_heldout(rendered.content, share=config.heldout, seed=config.split_seed)
     document = counts.add_document(rendered.form, heldout=heldout, empty=not len(tokens.input_ids))
+    # By identity: the same path may stand there twice.
+    place = next(i for i, source in enumerate(config.sources) if source is record.settings)
+    counts.sources[place]["documents"] += 1
     counts.retokenised_documents += rendered.form == "generations" and rendered.ids is None
     if not len(tokens.input_ids):
         return

@@ -78,7 +78,7 @@ class Renderer:
     def _generation(self, kept: Kept, where: str) -> Rendered:
         """All responses to a prompt fall into the same split: its digest decides."""
         response = kept.generation
-        content = _content("generations", response.prompt)
+        content = content_of_prompt(response.prompt)
         if kept.tokenizer == self._tokenizer:
             ids = np.concatenate([response.prompt_ids, response.response_ids])
             unlearned = 0 if self._config.train_on == "all" else len(response.prompt_ids)
@@ -220,6 +220,11 @@ def _message(message: Any, name: str) -> Message:
         if not isinstance(message.get(key), str):
             raise RecordError(f"{name}.{key} is {type(message.get(key)).__name__}, expected a string")
     return {key: value for key, value in message.items() if value is not None}
+
+
+def content_of_prompt(prompt: str) -> bytes:
+    """What decides the split of the responses to a prompt, which is given by its digest."""
+    return _content("generations", prompt)
 
 
 def _content(form: Form, value: Any) -> bytes:

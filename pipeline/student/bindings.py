@@ -9,17 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from stillroom.pipeline.student.config import StudentJob
+from stillroom.pipeline.student.mix import sources_of
 from stillroom.storage.errors import StudentError
 from stillroom.storage.manifest import Manifest
 from stillroom.storage.snapshot import Snapshot
 
 #: "config": `StudentConfig.numbers()`; "manifest", "snapshot": digests (None without a snapshot); "planned": of the
 #: snapshot's units alone, by which a student is known that began before all of them were scored. "corpora": digests of
-#: the manifests that phases name, by path; left out where none does.
+#: the manifests that phases name, by path; left out where none does. "base": of the weights under adapters, where there
+#: are any, in what the student's process has written. "sources": (name, documents) of each source of the corpus, in
+#: order, where they are mixed.
 Bindings = dict[str, Any]
 
 RESULT = "result.json"
 EXPORT = "export"
+LOG = "log.jsonl"
 
 
 def bindings_of(job: StudentJob, manifest: Manifest, snapshot: Snapshot | None) -> Bindings:
@@ -32,6 +36,7 @@ def bindings_of(job: StudentJob, manifest: Manifest, snapshot: Snapshot | None) 
         "planned": None if snapshot is None else snapshot.planned_digest,
         # Not in those of a release that had none.
         **({"corpora": corpora} if corpora else {}),
+        **({"sources": [list(source) for source in sources_of(manifest)]} if job.student.mix else {}),
     }
 
 
@@ -49,6 +54,10 @@ def require_same(stored: Bindings, asked: Bindings, where: object) -> None:
         for key, what in (("manifest", "the corpus"), ("snapshot", "the store's list of shards"))
         if stored[key] != asked[key] and not (key == "snapshot" and began_open)
     ]
+    if stored.get("base", asked.get("base")) != asked.get("base", stored.get("base")):
+        differing.append(f"base: {stored['base']} there, {asked['base']} now (the weights under the adapters changed)")
+    if stored.get("sources") != asked.get("sources") and then.get("mix") == now.get("mix"):
+        differing.append(f"sources: {stored.get('sources')} there, {asked.get('sources')} now (names of the corpus's)")
     there, now_there = stored.get("corpora", {}), asked.get("corpora", {})
     differing += [
         f"{path}: {there[path]} there, {now_there[path]} now"

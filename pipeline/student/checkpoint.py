@@ -1,7 +1,7 @@
 """A training run on disk: whole or not there, without pickle, and only for the run that wrote it.
 
     checkpoints/step-00000120/
-        model.safetensors       parameters and persistent buffers, float32, tied ones once
+        model.safetensors       parameters and persistent buffers, float32, tied ones once; of adapters, these alone
         optimizer.safetensors   AdamW's moments and step counts, "<parameter>:<what>"
         rng.safetensors         torch (CPU and GPUs), Python and numpy generators as tensors
         state.json              cursor and counters, what the run is bound to, the three files' sha256
@@ -13,7 +13,7 @@ synced, then renamed. A folder under its final name is complete; its digests sho
 import hashlib
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stillroom.pipeline.student import rng
+from stillroom.pipeline.student.best import Best
 from stillroom.pipeline.student.bindings import Bindings, require_same
 from stillroom.storage.errors import StudentError
 from stillroom.storage.files import sync_to_disk
@@ -41,6 +42,11 @@ class Progress:
     in which a step waited for its packs.
     skipped: steps left out (loss not finite, or nothing to learn). loss: of the last step that was not.
     before: metrics before training.
+    scaler: state of the loss' scale, in float16; scaler_skipped: steps that overflowed under it.
+    best: the best evaluation so far, of a run that keeps it (`best.Best`).
+    evaluations: on the way so far, of a run with `advance` (`advance.Evaluation`). advanced: its decision, and the
+    metrics of that evaluation.
+    owes_evaluation: stopped at a step after which an evaluation was due and did not come.
     """
 
     step: int = 0
@@ -52,6 +58,12 @@ class Progress:
     skipped: int = 0
     loss: float | None = None
     before: dict[str, Any] | None = None
+    scaler: dict[str, Any] | None = None
+    scaler_skipped: int = 0
+    best: Best | None = None
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    advanced: dict[str, Any] | None = None
+    owes_evaluation: bool = False
 
 
 def save(
@@ -63,8 +75,8 @@ def save(
     optimizer: torch.optim.Optimizer,
     keep_last: int,
 ) -> Path:
-    """Write a checkpoint of this moment and remove the oldest ones beyond `keep_last`."""
-    final = folder / f"{PREFIX}{progress.step:08d}"
+    """Write a checkpoint of this moment and remove the oldest ones beyond `keep_last`, but for the best."""
+    final = folder_of(folder, progress.step)
     temporary = folder / f".{final.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -88,8 +100,22 @@ def save(
     temporary.rename(final)
     sync_to_disk(folder)
     for old in checkpoints(folder)[:-keep_last]:
-        shutil.rmtree(old)
+        if progress.best is None or old != folder_of(folder, progress.best["step"]):
+            shutil.rmtree(old)
     return final
+
+
+def folder_of(folder: Path, step: int) -> Path:
+    """The checkpoint after so many steps, whether it is there or not."""
+    return folder / f"{PREFIX}{step:08d}"
+
+
+def load_weights(path: Path, model: Any) -> str | None:
+    """The weights of one checkpoint, and nothing else of it. Returns what is wrong with it, or None."""
+    fault, _ = _inspect(path)
+    if fault is None:
+        _copy_model(path / "model.safetensors", model)
+    return fault
 
 
 def checkpoints(folder: Path) -> list[Path]:

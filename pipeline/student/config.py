@@ -11,22 +11,31 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from stillroom.pipeline.student.features.config import FeaturesConfig
-from stillroom.pipeline.student.schedules import Scheduled, Value, at, ends, extremes, shown
+from stillroom.pipeline.student.losses_config import LossConfig as LossConfig
+from stillroom.pipeline.student.mix_config import MixConfig as MixConfig
+from stillroom.pipeline.student.phase_config import PhaseConfig as PhaseConfig
+from stillroom.pipeline.student.run_config import AdvanceConfig, Precision
+from stillroom.pipeline.student.run_config import KeepBest as KeepBest
+from stillroom.pipeline.student.run_config import LoraConfig as LoraConfig
+from stillroom.pipeline.student.schedules import extremes, shown
 from stillroom.pipeline.student.section import Section as _Config
 from stillroom.storage.errors import RecipeError, UnsupportedSignal
 from stillroom.storage.identity import canonical_json
 from stillroom.storage.records import SignalSpec, digest128
 
-#: Fields that cannot change a trained number (device: beyond the noise of its arithmetic). A resumed run may
+#: Fields that cannot change a trained number (device, compile: beyond the noise of its arithmetic). A resumed run may
 #: change them; it may change no other.
 FREE_FIELDS = frozenset(
-    {"name", "device", "checkpoint_every", "keep_last", "log_every", "eval_every", "eval_packs", "export_dtype"}
-)
+    {
+        "name", "device", "compile", "checkpoint_every", "keep_last", "log_every", "eval_every", "eval_packs",
+        "export_dtype",
+    }
+)  # fmt: skip
 
 
 #: Fields that came after the first release: left out of the numbers where they say nothing, so that what was trained
 #: without them stays what it is.
-LATER_FIELDS = frozenset({"features", "phases"})
+LATER_FIELDS = frozenset({"advance", "features", "keep_best", "mix", "lora", "phases"})
 
 
 class CutConfig(_Config):
@@ -59,152 +68,6 @@ class ModelConfig(_Config):
         return self
 
 
-class JensenShannonConfig(_Config):
-    """β KL(p ‖ m) + (1 − β) KL(q ‖ m), m = β p + (1 − β) q, of teacher p and student q."""
-
-    weight: Scheduled = 0.0
-    """Weight among the output losses, a number or a schedule."""
-
-    mixing: float = Field(default=0.5, gt=0.0, lt=1.0)
-    """β. 1/2: symmetric; towards 0 it goes like the forward KL, towards 1 like the reverse KL."""
-
-
-class OutputConfig(_Config):
-    """Weights of the losses on the teacher's output at the temperature, numbers or schedules; one that is not named has
-    none."""
-
-    forward_kl: Scheduled = 0.0
-    """T² · KL(teacher ‖ student): the student covers all that the teacher says."""
-
-    reverse_kl: Scheduled = 0.0
-    """T² · KL(student ‖ teacher): the student avoids what the teacher finds unlikely."""
-
-    js: JensenShannonConfig = JensenShannonConfig()
-    """T² · generalised Jensen-Shannon divergence; a number alone is its weight."""
-
-    tv: Scheduled = 0.0
-    """T · total variation, ½ Σ |p − q|."""
-
-    mse: Scheduled = 0.0
-    """T² · Σ (p − q)², of softened probabilities. Its gradient is some V/2 times smaller than the KL's at high T."""
-
-    cosine: Scheduled = 0.0
-    """1 − cosine of raw logits over the whole vocabulary, which hidden states alone give."""
-
-    @field_validator("js", mode="before")
-    @classmethod
-    def _weight_alone(cls, js: Any) -> Any:
-        ramp = isinstance(js, dict) and "from" in js
-        return {"weight": js} if ramp or (isinstance(js, int | float) and not isinstance(js, bool)) else js
-
-    @model_validator(mode="after")
-    def _some(self) -> Self:
-        negative = [name for name, weight in self._named().items() if extremes(weight)[0] < 0]
-        if negative:
-            raise ValueError(f"{negative[0]}: expected at least 0, got {shown(self._named()[negative[0]])}")
-        # Ramps are monotone: if all are 0 at a step, they are at the first one or at the end.
-        if not all(any(ends(weight)[i] > 0 for weight in self._named().values()) for i in (0, 1)):
-            raise ValueError("every output loss has weight 0: give one a weight, or set alpha to 0")
-        return self
-
-    def _named(self) -> dict[str, Value]:
-        names = ("forward_kl", "reverse_kl", "tv", "mse", "cosine")
-        return {name: getattr(self, name) for name in names} | {"js": self.js.weight}
-
-    def names(self) -> list[str]:
-        """Of the losses that count at any step."""
-        return [name for name, weight in self._named().items() if extremes(weight)[1] > 0]
-
-    def weights(self, step: int = 0, total_steps: int = 1) -> dict[str, float]:
-        """Of the losses that count at step `step`, from 0, of so many; by name, at least one."""
-        found = {name: at(weight, step, total_steps) for name, weight in self._named().items()}
-        return {name: weight for name, weight in found.items() if weight > 0}
-
-
-class LossConfig(_Config):
-    """loss = alpha · Σ weight · output loss at temperature T + (1 − alpha) · cross-entropy on the text."""
-
-    alpha: Scheduled = 0.7
-    """Weight of the distillation term, a number or a schedule; the text's own next tokens get 1 − alpha."""
-
-    signal: Literal["auto", "topk", "sampled", "hidden"] = "auto"
-    """Which part of the store teaches. auto: hidden if it is there, else topk, else sampled."""
-
-    temperature: Scheduled = 2.0
-    """T, by which both models' logits are divided in the distillation term, a number or a schedule. 1 … 10."""
-
-    output: OutputConfig = OutputConfig(forward_kl=1.0)
-    """Which losses make the distillation term, and their weights. Left out: the forward KL alone."""
-
-    label_smoothing: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Share of the text's target that is spread evenly over the vocabulary."""
-
-    fused: bool | Literal["auto"] = "auto"
-    """Output head and loss together, in slices of positions, so that the logits of a batch never exist at once. auto:
-    where the student's head is one that this can do; the log says which. false: the plain form."""
-
-    @field_validator("alpha")
-    @classmethod
-    def _a_share(cls, alpha: Value) -> Value:
-        low, high = extremes(alpha)
-        if not (low >= 0.0 and high <= 1.0):
-            raise ValueError(f"must lie in 0 … 1, got {shown(alpha)}")
-        return alpha
-
-    @field_validator("temperature")
-    @classmethod
-    def _on_the_grid(cls, temperature: Value) -> Value:
-        low, high = extremes(temperature)
-        if not (low >= 1.0 and high <= 10.0):
-            raise ValueError(
-                f"must lie in 1 … 10, got {shown(temperature)}: the store keeps the tail's log-partition for 1/T in "
-                "0.1 … 1 only"
-            )
-        return temperature
-
-    @property
-    def distils(self) -> bool:
-        """Whether the teacher's output is learned from at any step."""
-        return extremes(self.alpha)[1] > 0
-
-    def numbers(self) -> dict[str, Any]:
-        """What defines the trained numbers. A field that came later counts where it is not at its default, so that what
-        was trained before it came can go on."""
-        stated = self.model_dump(mode="json")
-        untouched = LossConfig().model_dump(mode="json")
-        later = [key for key in ("output", "label_smoothing", "fused") if stated[key] == untouched[key]]
-        return {key: value for key, value in stated.items() if key not in later}
-
-
-class PhaseConfig(_Config):
-    """One part of a curriculum. What it leaves out is as the student says."""
-
-    steps: int = Field(ge=1)
-    """Optimizer steps."""
-
-    losses: LossConfig | None = None
-    """In place of the student's `losses`, as a whole. null: the student's."""
-
-    temperature: Scheduled | None = None
-    """In place of the temperature alone."""
-
-    features: FeaturesConfig | Literal["none"] | None = None
-    """In place of the student's `features`, as a whole. none: no feature losses. null: the student's."""
-
-    corpus: Path | None = None
-    """The `corpus.parquet` of another recipe with the same tokenizer, for fine-tuning on its text. It has no signal, so
-    losses.alpha must be 0 and features none. null: the recipe's own corpus."""
-
-    lr: float | None = Field(default=None, gt=0.0)
-    """A peak learning rate: its warm-up and decay begin anew with this phase, and last until another that has one.
-    null: the decay of the phase before goes on."""
-
-    @field_validator("temperature")
-    @classmethod
-    def _on_the_grid(cls, temperature: Value | None) -> Value | None:
-        return None if temperature is None else LossConfig(temperature=temperature).temperature
-
-
 class StudentConfig(_Config):
     """One student, as a recipe states it."""
 
@@ -227,7 +90,7 @@ class StudentConfig(_Config):
     """Packs per optimizer step."""
 
     micro_packs: int = Field(default=1, ge=1)
-    """Packs per forward and backward; what fits in memory. Changes the result by rounding only."""
+    """Packs per forward and backward, of each process; what fits in memory. Changes the result by rounding only."""
 
     window: int | None = Field(default=None, ge=1)
     """Tokens per pack; the manifest's window if left out, and never more than that."""
@@ -244,6 +107,9 @@ class StudentConfig(_Config):
     phases: Annotated[list[PhaseConfig], Field(min_length=1)] | None = None
     """A curriculum: parts of the training with losses of their own, one after the other, in place of `steps` and
     `epochs`. null: one phase."""
+
+    mix: MixConfig | None = None
+    """Shares of the corpus's sources in each step. null: as the corpus has them."""
 
     lr: float = Field(default=3e-5, gt=0.0)
     """Peak learning rate of AdamW."""
@@ -266,8 +132,16 @@ class StudentConfig(_Config):
     grad_clip: float | None = Field(default=1.0, gt=0.0)
     """Largest norm of the gradient over all parameters; null: no limit."""
 
-    bf16: bool | Literal["auto"] = "auto"
-    """bfloat16 autocast over float32 weights; auto: on a GPU that has it."""
+    precision: Precision = "auto"
+    """float32, or bfloat16 or float16 autocast over float32 weights. auto: bfloat16 on a GPU that has it, else float32.
+    float16, for GPUs that have no bfloat16, scales the loss and leaves out steps that overflow."""
+
+    lora: LoraConfig | None = None
+    """Adapters, which alone are trained; the other weights stay as they start. null: all weights are trained."""
+
+    compile: bool = False
+    """torch.compile of the student's layers: minutes at the start, then faster steps on a GPU. Changes the result by
+    rounding only. Not with features, which look at layers as they run."""
 
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
@@ -277,6 +151,13 @@ class StudentConfig(_Config):
 
     keep_last: int = Field(default=2, ge=1)
     """Checkpoints kept."""
+
+    keep_best: KeepBest | None = None
+    """A metric of the held-out split: the checkpoint of its best evaluation is kept beside the last ones, and the
+    export is of it. null: the export is of the last step."""
+
+    advance: AdvanceConfig | None = None
+    """Ends training when the student has learned enough, at the latest after `steps`. null: after all steps."""
 
     log_every: int = Field(default=10, ge=1)
     """Steps between printed lines and TensorBoard points; `log.jsonl` has every step."""
@@ -296,12 +177,44 @@ class StudentConfig(_Config):
     device: str = Field(default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
     """auto (a GPU if there is one), cpu, cuda, cuda:N or mps."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _renamed(cls, given: Any) -> Any:
+        if isinstance(given, dict) and "bf16" in given:
+            now = "bfloat16" if given["bf16"] is True else "float32" if given["bf16"] is False else "auto"
+            raise ValueError(f"bf16 is called precision now: write `precision: {now}` in its place")
+        return given
+
+    @field_validator("keep_best", mode="before")
+    @classmethod
+    def _metric_alone(cls, keep_best: Any) -> Any:
+        return {"metric": keep_best} if isinstance(keep_best, str) else keep_best
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.precision == "float16" and any("attention" in features.parts() for features in self.all_features()):
+            raise ValueError(
+                "features.attention with precision float16: weights below 6e-8 are zero in it, and their KL takes the "
+                "logarithm; set precision to bfloat16 or float32"
+            )
+        if self.compile and self.all_features():
+            raise ValueError(
+                "compile with features: layers that are compiled together cannot be looked at one by one; leave out one"
+            )
+        if self.advance and not self.eval_every:
+            raise ValueError("advance looks at evaluations while training: set eval_every to the steps between them")
+        if self.advance and self.phases:
+            raise ValueError("advance ends a whole run, phases are parts of one: leave out one, or make stages of them")
+        if self.keep_best and not self.eval_every:
+            raise ValueError("keep_best compares evaluations while training: set eval_every to the steps between them")
         if self.steps is not None and self.epochs is not None:
             raise ValueError("give `steps` or `epochs`, not both")
         if self.phases is not None and not (self.steps is None and self.epochs is None):
             raise ValueError("`phases` have steps of their own: leave out `steps` and `epochs`")
+        if self.mix and self.mix.by == "sampling" and not (self.steps or self.phases):
+            raise ValueError("mix.by is sampling, and each source has epochs of its own: set `steps`")
+        if self.mix and self.corpora():
+            raise ValueError("mix and phases.corpus together: a mix is of the sources of the recipe's own corpus")
         for number, phase in enumerate(self.phases or []):
             if phase.losses and phase.losses.signal not in ("auto", self.losses.signal):
                 raise ValueError(
@@ -322,11 +235,20 @@ class StudentConfig(_Config):
 
     def numbers(self) -> dict[str, Any]:
         """The fields that define the trained numbers, by name; a checkpoint resumes only under equal ones."""
+        # Which checkpoint is the best depends on which were evaluated, and on what.
+        free = FREE_FIELDS - {"eval_every", "eval_packs"} if self.keep_best or self.advance else FREE_FIELDS
         return {
             key: value
-            for key, value in (self.model_dump(mode="json") | {"losses": self.losses.numbers()}).items()
-            if key not in FREE_FIELDS and not (key in LATER_FIELDS and value is None)
+            for key, value in self._stated().items()
+            if key not in free and not (key in LATER_FIELDS and value is None)
         }
+
+    def _stated(self) -> dict[str, Any]:
+        """All fields; the precision under the name and in the words of the first release, so that what was trained
+        then stays what it is."""
+        stated = self.model_dump(mode="json") | {"losses": self.losses.numbers()}
+        precision = stated.pop("precision")
+        return stated | {"bf16": {"float32": False, "bfloat16": True}.get(precision, precision)}
 
     def all_losses(self) -> list[LossConfig]:
         """Of each phase; the part of the store that teaches is the same in all."""
@@ -397,6 +319,12 @@ class StudentJob(_Config):
     teacher: Path | None = None
     """The teacher's folder; read for a cut only."""
 
+    processes: int = Field(default=1, ge=1)
+    """How many train it on this machine, where nothing else started us as one of several."""
+
+    rank_timeout_s: float = Field(default=1800.0, gt=0.0)
+    """How long one of several processes waits for another."""
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.snapshot is None and self.student.distils:
@@ -405,6 +333,11 @@ class StudentJob(_Config):
             raise ValueError("without a snapshot there is no teacher to learn from: leave out student.features")
         if self.student.model.cut is not None and self.teacher is None:
             raise ValueError("a cut needs the teacher's folder: set `teacher`")
+        if self.processes > self.student.batch_packs:
+            raise ValueError(
+                f"batch_packs is {self.student.batch_packs}, processes {self.processes}, each of which takes whole "
+                f"packs of a step: set processes to at most {self.student.batch_packs}, or raise batch_packs"
+            )
         return self
 
     @staticmethod

@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 
-from stillroom.pipeline.student.config import LossConfig, StudentConfig
+from stillroom.pipeline.student.config import StudentConfig
 from stillroom.pipeline.student.features.config import FeaturesConfig
+from stillroom.pipeline.student.losses_config import LossConfig
 from stillroom.pipeline.student.schedules import at, learning_rate
 from stillroom.storage.errors import StudentError
 from stillroom.storage.manifest import Manifest

@@ -12,15 +12,18 @@ formulas are in `metrics`.
   teacher_mass  probability that the teacher gives to the kept ids, and
   student_mass  the student to the same. Above the teacher's: the student has taken the tail for empty.
   perplexity    exp of the mean −log q(next token).
+  perplexity_teacher_text, perplexity_ground_truth: of the sequences that a teacher wrote, and of the others; None
+                where all are of one kind.
   ece           expected calibration error of the student's most likely id against the text, 15 bins.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from stillroom.pipeline.student import metrics as measures
@@ -30,6 +33,7 @@ from stillroom.pipeline.student.losses import SLICE_ELEMENTS, StudentHead, Targe
 from stillroom.pipeline.student.losses.fused import FUSED_ELEMENTS
 from stillroom.pipeline.student.metrics import BINS
 from stillroom.pipeline.student.teaching import TOPK, Teaching
+from stillroom.storage.manifest import Manifest
 from stillroom.storage.records import Pack
 
 
@@ -45,9 +49,12 @@ class Metrics:
     student_mass: float | None
     perplexity: float | None
     ece: float | None
+    perplexity_teacher_text: float | None = None
+    perplexity_ground_truth: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        kinds = ("perplexity_teacher_text", "perplexity_ground_truth")
+        return {key: value for key, value in asdict(self).items() if key not in kinds or value is not None}
 
 
 @dataclass
@@ -63,15 +70,21 @@ class _Sums:
     student_mass: float = 0.0
     kept: int = 0
     nll: float = 0.0
+    written: int = 0
+    written_nll: float = 0.0
 
     def __post_init__(self) -> None:
         self.bins = np.zeros((BINS, 3))
 
-    def add(self, logits_NV: Tensor, targets: Targets, teaching: Teaching) -> None:
+    def add(self, logits_NV: Tensor, targets: Targets, teaching: Teaching, written_N: NDArray[np.bool_]) -> None:
+        """written_N: whether a teacher wrote the text."""
         log_q_NV = logits_NV.float().log_softmax(-1)
         confidence_N, top_N = log_q_NV.max(-1)
         self.tokens += len(top_N)
-        self.nll -= _sum(log_q_NV.gather(-1, targets.labels[:, None]))
+        log_q_N = log_q_NV.gather(-1, targets.labels[:, None])[:, 0]
+        self.nll -= _sum(log_q_N)
+        self.written += int(written_N.sum())
+        self.written_nll -= _sum(log_q_N[torch.from_numpy(written_N).to(log_q_N.device)])
         self.bins += measures.calibration_bins(
             confidence_N.exp().cpu().numpy(), (top_N == targets.labels).cpu().numpy()
         )
@@ -101,7 +114,17 @@ class _Sums:
         self.top5 += int((rank_N < 5).sum())
         self.signal += len(kl_N)
 
+    def totalled(self, total: Callable[[NDArray[np.float64]], NDArray[np.float64]]) -> "_Sums":
+        """Over processes. Counts stay exact below 2^53."""
+        own = asdict(self)
+        values = total(np.concatenate([np.array([float(value) for value in own.values()]), self.bins.ravel()]))
+        found = _Sums(**{name: type(own[name])(value) for name, value in zip(own, values, strict=False)})
+        found.bins = values[len(own) :].reshape(BINS, 3)
+        return found
+
     def metrics(self) -> Metrics:
+        both = 0 < self.written < self.tokens
+        of_truth = measures.perplexity(self.nll - self.written_nll, self.tokens - self.written)
         return Metrics(
             tokens=self.tokens,
             kl=measures.mean(self.kl, self.signal),
@@ -111,6 +134,8 @@ class _Sums:
             student_mass=measures.mean(self.student_mass, self.kept),
             perplexity=measures.perplexity(self.nll, self.tokens),
             ece=measures.calibration_error(self.bins),
+            perplexity_teacher_text=measures.perplexity(self.written_nll, self.written) if both else None,
+            perplexity_ground_truth=of_truth if both else None,
         )
 
 
@@ -126,16 +151,20 @@ def evaluate(
     packing: bool,
     vocabulary: int,
     device: torch.device,
-    autocast: bool,
+    autocast: torch.dtype | Literal[False],
     teaching: Teaching = TOPK,
     head: StudentHead | None = None,
     between: Callable[[], None] = lambda: None,
+    generated: Container[str] = (),
+    total: Callable[[NDArray[np.float64]], NDArray[np.float64]] = lambda values: values,
 ) -> Metrics | None:
     """Metrics over the packs, or None if no position of theirs trains.
 
+    autocast: what products are made in; False: without autocast.
     teaching: where its part is "hidden", kl and top1 are against the rebuilt whole vocabulary.
     head: the form of this architecture's output head (`student_head`); None: the model makes the logits of a pack at
-    once. between: called before every pack; may raise to stop.
+    once. between: called before every pack; may raise to stop. generated: digests of the sequences that a teacher
+    wrote, as `generated_sequences` gives them. total: adds up over processes that have each a part of the packs.
     """
     sums = _Sums()
     # A 16-bit head of the teacher is widened once a slice: larger slices there.
@@ -148,13 +177,28 @@ def evaluate(
             if not len(pack.positions):
                 continue
             batch = collate([pack], packing=packing, temperature=1.0, vocabulary=vocabulary).to(device)
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
+            written_M, at = _written(pack, generated), 0
+            with torch.autocast(device.type, dtype=autocast or None, enabled=bool(autocast)):
                 for logits_NV, targets in _parts(model, batch, head, rows):
                     with torch.autocast(device.type, enabled=False):
-                        sums.add(logits_NV[:, :vocabulary], targets, teaching)
+                        sums.add(logits_NV[:, :vocabulary], targets, teaching, written_M[at : at + len(logits_NV)])
+                    at += len(logits_NV)
     finally:
         model.train(was_training)
+    sums = sums.totalled(total)
     return sums.metrics() if sums.tokens else None
+
+
+def generated_sequences(manifest: Manifest) -> frozenset[str]:
+    """Digests of the held-out sequences that a teacher wrote."""
+    index = manifest.index()
+    return frozenset(digest.decode() for digest in index.sequences[manifest.generated() & index.heldout])
+
+
+def _written(pack: Pack, generated: Container[str]) -> NDArray[np.bool_]:
+    """Of a pack's positions, whether they lie in generated sequences. bool [M]."""
+    flags = np.array([digest in generated for digest in pack.sequences], bool)
+    return flags[pack.segment_ids[pack.positions]]
 
 
 def _parts(model: Any, batch: Batch, form: StudentHead | None, rows: int) -> Iterable[tuple[Tensor, Targets]]:

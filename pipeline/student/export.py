@@ -13,14 +13,26 @@ from typing import Any
 import torch
 
 from stillroom.pipeline.student.bindings import EXPORT, RESULT
+from stillroom.pipeline.student.config import ModelConfig
+from stillroom.pipeline.student.lora import merge, save_adapter
 from stillroom.storage.files import LocalFiles
 
+#: Inside of the export.
+ADAPTER_FOLDER = "adapter"
 
-def export_model(model: Any, tokenizer: Any, run_dir: Path, *, dtype: str) -> Path:
-    """`save_pretrained` of both. float32 is exactly what was trained and evaluated; bfloat16 half of its size."""
+
+def export_model(model: Any, tokenizer: Any, run_dir: Path, *, dtype: str, adapted: ModelConfig | None = None) -> Path:
+    """`save_pretrained` of both. float32 is exactly what was trained and evaluated; bfloat16 half of its size.
+
+    adapted: where the weights of a model with adapters started. The adapters are then written to `adapter/` and merged
+    into the weights, also in `model`: equal to what was trained but for rounding.
+    """
     final, temporary, old = run_dir / EXPORT, run_dir / f".{EXPORT}.tmp", run_dir / f".{EXPORT}.old"
     for leftover in (temporary, old):
         shutil.rmtree(leftover, ignore_errors=True)
+    if adapted is not None:
+        save_adapter(model, temporary / ADAPTER_FOLDER, base=adapted.from_)
+        model = merge(model)
     wanted = getattr(torch, dtype)
     exported = model if wanted == torch.float32 else copy.deepcopy(model).to(wanted)
     exported.save_pretrained(temporary)

@@ -12,6 +12,7 @@ Records: {"kind": "step", "step": n (from 1), …} and {"kind": "evaluation", "s
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -20,11 +21,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
+from stillroom.pipeline.student.bindings import LOG
 from stillroom.pipeline.student.watch import Watch
 
-LOG = "log.jsonl"
 #: What of a step's record goes to TensorBoard.
-SCALARS = ("loss", "kd", "ce", "lr", "temperature", "alpha", "grad_norm", "tokens_per_s", "data_wait")
+SCALARS = ("loss", "kd", "ce", "lr", "temperature", "alpha", "grad_norm", "scale", "tokens_per_s", "data_wait")
 
 
 class RunLog:
@@ -83,10 +84,12 @@ class RunLog:
         if step % self._log_every and step != self._total and step != 1:
             return
         for key in SCALARS:
-            if record[key] is not None:
+            if record.get(key) is not None:
                 self._board.add_scalar(f"train/{key}", record[key], step)
         for key, value in record["features"].items():
             self._board.add_scalar(f"train/features/{key}", value, step)
+        for key, value in record.get("mix", {}).get("shares", {}).items():
+            self._board.add_scalar(f"train/mix/{key}", value, step)
         if not self._bar:
             self.say(
                 f"{self._name}: step {step}/{self._total}  {loss}  lr {record['lr']:.2e}  "
@@ -103,6 +106,11 @@ class RunLog:
         self.say(f"{self._name}: held-out after {step} steps: {shown}")
         self._see({"kind": "evaluation", "step": step, **metrics})
 
+    def decision(self, decision: dict[str, Any]) -> None:
+        """Why training ends before its last step."""
+        self._write({"kind": "decision", **decision})
+        self._board.add_text("advance", json.dumps(decision), decision["step"])
+
     def _see(self, record: dict[str, Any]) -> None:
         for notice in self._watch.see(record) if self._watch else []:
             self._board.add_text("notices", notice, record["step"])
@@ -111,6 +119,37 @@ class RunLog:
     def _write(self, record: dict[str, Any]) -> None:
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
+
+
+class Silence(RunLog):
+    """Of a process that is not the first of several."""
+
+    def __init__(self, run_dir: Path, **_: Any) -> None:
+        pass
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def say(self, line: str) -> None:
+        pass
+
+    def step(self, record: dict[str, Any]) -> None:
+        pass
+
+    def evaluation(self, step: int, metrics: dict[str, Any]) -> None:
+        pass
+
+    def decision(self, decision: dict[str, Any]) -> None:
+        pass
+
+
+def steps_of(run_dir: Path) -> Iterator[dict[str, Any]]:
+    """The records of a run's steps."""
+    with (run_dir / LOG).open() as file:
+        yield from (record for record in map(json.loads, file) if record["kind"] == "step")
 
 
 def cut_back(path: Path, *, done: int, total: int) -> None:

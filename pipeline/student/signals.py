@@ -14,8 +14,8 @@ from types import FrameType
 class Stop:
     """Whether a signal asked the run to end."""
 
-    def __init__(self) -> None:
-        self.requested = False
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.requested, self._quiet = False, quiet
 
     def check(self) -> None:
         """Raises KeyboardInterrupt if a signal came in."""
@@ -26,6 +26,8 @@ class Stop:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
+        if self._quiet:
+            return
         print(
             f"{signal.Signals(number).name}: ending where nothing is lost; again to end at once",
             file=sys.stderr,
@@ -34,9 +36,9 @@ class Stop:
 
 
 @contextmanager
-def stopping() -> Iterator[Stop]:
-    """Handle both signals while open; what handled them before does so again after."""
-    stop = Stop()
+def stopping(*, quiet: bool = False) -> Iterator[Stop]:
+    """Handle both signals while open; what handled them before does so again after. quiet: without a word."""
+    stop = Stop(quiet=quiet)
     before = {number: signal.signal(number, stop._received) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop

@@ -13,10 +13,12 @@ from transformers import PreTrainedTokenizerFast
 
 from stillroom.pipeline.corpus.config import CorpusConfig, SourceConfig
 from stillroom.pipeline.corpus.counts import Counts
+from stillroom.pipeline.corpus.encode import Encoder
 from stillroom.pipeline.corpus.ingest import ingest, ingest_if_needed, is_heldout
 from stillroom.storage.errors import CorpusError, CorruptShard
-from stillroom.storage.identity import tokenizer_digest
+from stillroom.storage.identity import canonical_json, tokenizer_digest
 from stillroom.storage.manifest import Manifest
+from stillroom.storage.records import digest128
 from tests.pipeline.corpora import counts, ingested, texts, write_jsonl
 from tests.tiny import tiny_tokenizer
 
@@ -201,6 +203,54 @@ def test_an_ingest_of_the_same_is_not_needed(tokenizer: Any, tmp_path: Path) -> 
     assert not again(), "truncation is not obeyed, so it is no difference"
 
 
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("generations", "generations"),
+        ("generations:runs/a/verdicts.parquet", "generations"),
+        ("python:pydoc_data", "pydoc_data"),
+        ("data/wiki.jsonl.zst", "wiki"),
+        ("data/wiki/*.jsonl", "wiki"),
+        ("/data/web.v2/", "web.v2"),
+        ("**/*.txt", "**/*.txt"),
+    ],
+)
+def test_a_source_without_a_name_is_called_after_its_path(path: str, name: str) -> None:
+    assert CorpusConfig(sources=path).names() == [name]  # type: ignore[arg-type]
+    assert CorpusConfig(sources=({"path": path, "name": "own"},)).names() == ["own"]  # type: ignore[arg-type]
+
+
+def test_documents_are_counted_by_source_and_names_change_no_digest(tokenizer: Any, tmp_path: Path) -> None:
+    """The same path twice, an empty document, a folder of two files; the limit cuts the last source."""
+    write_jsonl(tmp_path / "c.jsonl", [*documents(3), {"text": ""}])
+    write_jsonl(tmp_path / "more" / "a.jsonl", documents(2))
+    write_jsonl(tmp_path / "more" / "b.jsonl", documents(5))
+    sources: list[dict[str, Any]] = [{"path": path} for path in ("c.jsonl", "more", "c.jsonl", "c.jsonl")]
+    plain = ingested(tokenizer, tmp_path, sources, limit_documents=13)
+    found = [(source["name"], source["documents"]) for source in counts(plain).sources]
+    assert found == [("c", 4), ("more", 7), ("c", 2), ("c", 0)]
+    assert [source.get("name") for source in plain.meta.config["sources"]] == [None] * 4
+    assert "name" not in plain.meta.config["sources"][0], "as manifests of before sources had names"
+    named = [source | {"name": f"n{number}"} for number, source in enumerate(sources)]
+    again = ingested(tokenizer, tmp_path, named, limit_documents=13)
+    assert [source["name"] for source in counts(again).sources] == ["n0", "n1", "n2", "n3"]
+    assert again.digest == plain.digest
+    assert again.meta.inputs != plain.meta.inputs, "else another name would not be written down"
+
+
+def test_without_names_what_a_manifest_is_made_of_has_the_digest_of_before(tokenizer: Any, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "c.jsonl", documents(5))
+    config = CorpusConfig(sources=SOURCES, heldout=0)
+    manifest = ingest(config, tokenizer, out=tmp_path / "m.parquet", root=tmp_path)
+    stated = config.model_dump(mode="json")
+    for source in stated["sources"]:
+        assert source.pop("name") is None
+    assert manifest.meta.config == stated
+    encoder, stat = Encoder(config, tokenizer), (tmp_path / "c.jsonl").stat()
+    parts = [1, stated, encoder.digest, encoder.fingerprint, [["c.jsonl", stat.st_size, stat.st_mtime_ns]]]
+    assert manifest.meta.inputs == digest128(b"stillroom.inputs.1", canonical_json(parts))
+
+
 def test_a_damaged_manifest_is_not_reused(tokenizer: Any, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "c.jsonl", documents(5))
     (tmp_path / "m.parquet").write_text("damaged")
@@ -230,6 +280,7 @@ def test_counts_survive_the_manifest() -> None:
         ({"sources": "a", "heldout": 1.0}, "heldout"),
         ({"sources": {"path": "a", "wieght": 2}}, "wieght"),
         ({"sources": [{"path": "a", "weight": 0}]}, "weight"),
+        ({"sources": [{"path": "a", "name": "x"}, {"path": "b", "name": "x"}]}, "two sources are named x: give each"),
     ],
 )
 def test_settings_that_cannot_be(settings: dict[str, Any], message: str) -> None:

@@ -224,7 +224,8 @@ def test_bad_lines_are_reported_with_their_reason(tokenizer: Any, tmp_path: Path
     for number, ((_, reason), example) in enumerate(zip(BAD, found.bad_examples, strict=True), start=1):
         assert example.startswith(f"c.jsonl:{number}: {reason}")
     assert manifest.rows([0])[0].line == len(BAD) + 2
-    assert any("11 bad lines left out" in notice for notice in found.notices())
+    (notice,) = [notice for notice in found.notices() if "bad lines" in notice]
+    assert notice == f"11 bad lines left out, the first are {'; '.join(found.bad_examples[:3])}"
 
 
 def test_invalid_utf8_in_jsonl(tokenizer: Any, tmp_path: Path) -> None:

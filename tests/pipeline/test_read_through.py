@@ -38,6 +38,7 @@ def test_teachers_get_the_gpus_that_the_student_does_not(tmp_path: Path) -> None
     assert left(recipe_of(tmp_path), "0", "1", "2") == ["1", "2"]
     assert left(recipe_of(tmp_path, device="cuda:1"), "4", "5") == ["4"]
     assert left(recipe_of(tmp_path, device="cuda", gpus=0.5, actors=2), "a", "b") == ["b"]
+    assert left(recipe_of(tmp_path, train={"processes": 2}), "4", "5", "6", "7") == ["6", "7"]
 
 
 @pytest.mark.parametrize("changes", [{"device": "cpu"}, {"gpus": 0}])

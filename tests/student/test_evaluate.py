@@ -97,3 +97,31 @@ def test_it_neither_trains_nor_draws_random_numbers(world: World, teacher: Any) 
     assert teacher.training
     assert torch.equal(before, torch.get_rng_state())
     teacher.eval()
+
+
+def test_teacher_text_and_ground_truth_are_told_apart(world: World, teacher: Any) -> None:
+    """Also in a pack that holds both: the perplexities are those of each kind alone."""
+    from transformers import AutoTokenizer
+
+    sequences = [Sequence(ids) for ids in documents_of(AutoTokenizer.from_pretrained(world.teacher), 9)]
+    mixed, written = sequences[:6], {s.digest for s in sequences[:6:2]}
+    packs = [pack_of(mixed[at : at + 2], None, window=96, index=at) for at in (0, 2, 4)]
+    torch.manual_seed(3)
+    student = AutoModelForCausalLM.from_config(teacher.config).eval()
+
+    def of(packs: list[Pack], generated: Any = ()) -> Any:
+        return evaluate(
+            student, packs, packing=True, vocabulary=world.vocabulary, device=CPU, autocast=False, generated=generated
+        )
+
+    found, plain = of(packs, written), of(packs)
+    alone = [
+        of([pack_of([s], None, window=48) for s in mixed if (s.digest in written) == kind]) for kind in (True, False)
+    ]
+    assert found.perplexity_teacher_text == pytest.approx(alone[0].perplexity, rel=1e-5)
+    assert found.perplexity_ground_truth == pytest.approx(alone[1].perplexity, rel=1e-5)
+    assert found.perplexity_teacher_text != pytest.approx(found.perplexity_ground_truth, rel=1e-2)
+    assert {key: value for key, value in found.as_dict().items() if key in plain.as_dict()} == plain.as_dict()
+    assert found.as_dict().keys() - plain.as_dict().keys() == {"perplexity_teacher_text", "perplexity_ground_truth"}
+    everything = of(packs, {s.digest for s in mixed})
+    assert everything.as_dict() == plain.as_dict(), "of one kind alone there is one number"

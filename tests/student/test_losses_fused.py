@@ -263,6 +263,46 @@ def test_autocast_is_off_by_its_own_rounding_only(dtype: torch.dtype, part: str)
         assert (one - other).norm() <= 0.03 * other.norm()
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_sums_of_many_positions_do_not_overflow_float16(frozen: bool) -> None:
+    """400 positions of one label with hidden states near 50: Σ g h of that label is 2·10^4 times the largest g."""
+    case = Case(n=400)
+    case.hidden = 50 + case.hidden
+    case.weight = case.weight / 50
+    case.labels = torch.full_like(case.labels, 5)
+    case.weights = torch.ones_like(case.weights)
+    (_, expected), _ = both(case, Objective(0.0, 1.0))
+    hidden = case.hidden.detach().float().requires_grad_()
+    weight = case.weight.detach().float().requires_grad_(not frozen)
+    with torch.autocast("cpu", dtype=torch.float16):
+        sums = distillation_loss_fused(
+            hidden, StudentHead(weight), case.stored(), objective=Objective(0.0, 1.0), vocabulary=V,
+            teaching=case.teaching("topk"),
+        )  # fmt: skip
+    (3.0 * sums.total).backward()
+    for one, other in zip((hidden.grad, weight.grad), expected, strict=True):
+        if one is not None:
+            assert (one - other).norm() <= 0.03 * other.norm()
+    assert (weight.grad is None) == frozen
+
+
+def test_a_scaled_loss_reaches_float16_hidden_states_whole() -> None:
+    """Gradients near 1e-9, which float16 has not; times the scale of the loss it has them."""
+    case = Case(n=40)
+    case.weights = torch.full_like(case.weights, 1e-9)
+    (_, (expected, _)), _ = both(case, Objective(0.6, 1.0))
+    hidden = case.hidden.detach().half().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.float16):
+        sums = distillation_loss_fused(
+            hidden, StudentHead(case.weight.detach().float()), case.stored(), objective=Objective(0.6, 1.0),
+            vocabulary=V, teaching=case.teaching("topk"),
+        )  # fmt: skip
+    (3.0 * 2.0**24 * sums.total).backward()
+    assert hidden.grad is not None
+    assert hidden.grad.dtype == torch.float16
+    assert (hidden.grad.double() / 2.0**24 - expected).norm() <= 0.03 * expected.norm()
+
+
 def test_a_model_of_sixteen_bits_keeps_its_dtype() -> None:
     plain, fused = both(Case(n=40), Objective(0.6, 1.0), form=FORMS[1], dtype=torch.bfloat16)
     for one, other in zip(fused[1], plain[1], strict=True):

@@ -161,7 +161,7 @@ def test_gradient_checkpointing_changes_no_number(world: World, tmp_path: Path) 
 
 def test_bf16_autocast_trains_and_keeps_float32_weights(world: World, tmp_path: Path) -> None:
     go(world.job(tmp_path / "exact", steps=3))
-    go(world.job(tmp_path / "bf16", steps=3, bf16=True))
+    go(world.job(tmp_path / "bf16", steps=3, precision="bfloat16"))
     assert losses(tmp_path / "bf16") == pytest.approx(losses(tmp_path / "exact"), rel=0.05)
     assert losses(tmp_path / "bf16") != losses(tmp_path / "exact")
     weights = load_file(tmp_path / "bf16" / "export" / "model.safetensors")

@@ -15,7 +15,9 @@ Liger (Hsu et al. 2024, arXiv 2410.10989); both are for cross-entropy over V, wh
 counts.
 
 Under autocast the three products are made in its dtype, as the model's own head makes them, and everything between them
-in float32; the weight's gradient is summed up in float32.
+in float32; the weight's gradient is summed up in float32. float16's range is narrow: what enters its products is scaled
+by a power of two, so that their sums do not overflow and no more of a softmax's tail is lost than has to be; gradients
+to float16 hidden states wait in float32 for the factor of the backward pass, where the scale of the loss comes in.
 """
 
 from collections.abc import Callable, Iterator
@@ -109,6 +111,7 @@ class _Fused(torch.autograd.Function):
             run = _Run(plan, hidden_ND, weight, bias, wanted)
             kd, ce = run.sums()
         ctx.grads, ctx.again = run.grads, plan.again
+        ctx.dtypes = [None if t is None else t.dtype for t in (hidden_ND, weight, bias)]
         objective = plan.objective
         total = combine(kd if objective.distils else None, ce if objective.reads_text else None, alpha=objective.alpha)
         total = total.clone()
@@ -122,7 +125,8 @@ class _Fused(torch.autograd.Function):
         if ctx.again:
             return (*(None if grad is None else grad * grads[0] for grad in made), None)
         ctx.grads = None
-        return (*(None if grad is None else grad.mul_(grads[0]) for grad in made), None)
+        scaled = [None if grad is None else grad.mul_(grads[0]) for grad in made]
+        return (*(None if g is None else g.to(dtype) for g, dtype in zip(scaled, ctx.dtypes, strict=True)), None)
 
 
 class _Run:
@@ -135,7 +139,10 @@ class _Run:
         self._precise = torch.promote_types(plan.dtype, torch.float32)
         sizes = (hidden_ND, weight, bias)
         make = torch.empty_like if len(hidden_ND) else torch.zeros_like
-        self.grads = [make(t) if want and t is not None else None for want, t in zip(wanted, sizes, strict=True)]
+        self.grads = [
+            make(t, dtype=_waits_in(t.dtype)) if want and t is not None else None
+            for want, t in zip(wanted, sizes, strict=True)
+        ]
         self._sum_VD, self._sum_V = self._accumulator(1), self._accumulator(2)
         rows = min(plan.rows, len(hidden_ND))
         self._buffers = [hidden_ND.new_empty(rows, plan.vocabulary, dtype=self._precise)]
@@ -209,8 +216,7 @@ class _Run:
             _add(self._sum_V, grad_PV.sum(0), first=start == 0)
         shrink: Tensor | float = 1.0
         if dtype == torch.float16:
-            # Most of a softmax lies below float16's smallest number: a power of two lifts the largest to 2^9.
-            shrink = torch.exp2(torch.floor(torch.log2(grad_PV.abs().amax().clamp(2.0**-100, 2.0**100))) - 9)
+            shrink = self._shrink(hidden_PD, grad_PV)
             grad_PV.div_(shrink)
         made_PV = grad_PV.to(dtype)
         if grads[0] is not None:
@@ -226,6 +232,21 @@ class _Run:
         else:
             _add(self._sum_VD, (made_PV.T @ hidden_PD).to(self._precise).mul_(shrink), first=start == 0)
 
+    def _shrink(self, hidden_PD: Tensor, grad_PV: Tensor) -> Tensor:
+        """The power of two by which a gradient is divided before its products in float16.
+
+        Most of a softmax lies below float16's smallest number, so the largest is lifted to 2^9; to less where a sum of
+        either product could reach 2^15, half of its range: |Σ_v g w| ≤ max |w| · Σ_v |g|, and so for positions.
+        """
+        size_PV = grad_PV.abs()
+        bounds = [size_PV.amax() * 2.0**6]
+        if self.grads[0] is not None:
+            bounds.append(size_PV.sum(1).amax() * self._weight_VD.abs().amax())
+        if self._sum_VD is not None:
+            bounds.append(size_PV.sum(0).amax() * hidden_PD.abs().amax())
+        largest = torch.stack([bound.to(self._precise) for bound in bounds]).amax().clamp(2.0**-100, 2.0**100)
+        return torch.exp2(torch.floor(torch.log2(largest)) - 14)
+
     def _buffer(self, index: int) -> Tensor:
         while len(self._buffers) <= index:
             self._buffers.append(torch.empty_like(self._buffers[0]))
@@ -236,6 +257,11 @@ class _Run:
         while True:
             yield self._buffer(index)[:rows]
             index += 1
+
+
+def _waits_in(dtype: torch.dtype) -> torch.dtype:
+    """What a gradient is kept in until it is scaled."""
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def _add(total: Tensor, part: Tensor, *, first: bool) -> None:

@@ -14,7 +14,6 @@ from types import MappingProxyType
 
 from torch import Tensor
 
-from stillroom.pipeline.student.config import LossConfig
 from stillroom.pipeline.student.losses.buckets import Buckets
 from stillroom.pipeline.student.losses.divergences import (
     cosine,
@@ -25,6 +24,7 @@ from stillroom.pipeline.student.losses.divergences import (
     total_variation,
 )
 from stillroom.pipeline.student.losses.targets import Targets
+from stillroom.pipeline.student.losses_config import LossConfig
 from stillroom.pipeline.student.schedules import at
 
 

@@ -176,7 +176,8 @@ def test_packing_micro_batches_and_checkpointing_change_rounding_only(
             "saving": {"gradient_checkpointing": True},
         }
         student: dict[str, Any] = {"features": features, "batch_packs": 4, **(settings[variant] if changed else {})}
-        session = Session(inner.job(tmp_path / str(changed), **student), manifest, snapshot, Stop())
+        job = inner.job(tmp_path / str(changed), **student)
+        session = Session(job, manifest, snapshot, Stop(), device=torch.device("cpu"))
         with torch.no_grad():  # else a cut begins with its teacher's first layers
             session.model.model.layers[0].mlp.down_proj.weight.mul_(0.3)
         whole = Stream(manifest=manifest, snapshot=snapshot, window=48, epochs=1, pack=session.config.packing)
@@ -189,7 +190,7 @@ def test_packing_micro_batches_and_checkpointing_change_rounding_only(
 
 def test_bf16_autocast_takes_feature_losses_in_float32(inner: World, tmp_path: Path) -> None:
     go(inner.job(tmp_path / "exact", steps=2, features=ALL))
-    go(inner.job(tmp_path / "bf16", steps=2, features=ALL, bf16=True))
+    go(inner.job(tmp_path / "bf16", steps=2, features=ALL, precision="bfloat16"))
     exact, rough = (steps_of(tmp_path / name)[0]["features"] for name in ("exact", "bf16"))
     assert exact != rough
     assert exact == pytest.approx(rough, rel=0.05, abs=0.01)
