@@ -48,8 +48,10 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     elif rest:
         stores = [*arguments.sources, arguments.destination, *rest]
         arguments.sources, arguments.destination = stores[:-1], stores[-1]
-    if arguments.command == "inspect" and arguments.tokens and arguments.unit is None:
+    if arguments.command == "inspect" and arguments.tokens and arguments.unit is None and arguments.texts is None:
         raise UsageMistake("--tokens needs --unit ID (`stillroom inspect STORE` shows some)")
+    if arguments.command == "inspect" and arguments.html and (arguments.unit is not None or arguments.sql):
+        raise UsageMistake("--html is of the whole store: leave out --unit and --sql")
     if arguments.command == "inspect" and arguments.sql and arguments.unit is not None:
         raise UsageMistake("--sql is of the whole store: leave out --unit")
     if arguments.command == "verify" and arguments.teacher and not arguments.rescore:
@@ -88,13 +90,27 @@ def _build() -> argparse.ArgumentParser:
         command = add(name, summary)
         command.add_argument("recipe", metavar="RECIPE", help="a recipe file (YAML)")
         command.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="values to override")
+        command.add_argument("--stage", metavar="NAME", help="of a recipe with stages, this one alone")
+        if name == "run":
+            command.add_argument("--dry-run", action="store_true", help="say what would run, and why; do nothing")
+            command.add_argument("--redo", action="store_true",
+                                 help="put aside what other settings have made, and make it anew")  # fmt: skip
+    status = add("status", "say how far a run is, from another terminal or machine")
+    status.add_argument("run", metavar="RUN", help="a run's folder")
+    report = add("report", "write one page about runs: pipeline, students' curves, store, tokens")
+    report.add_argument("runs", metavar="RUN", nargs="+", help="a run's folder, which the recipe's run_dir names")
+    report.add_argument("--html", metavar="FILE", required=True, help="where to write the page")
     ls = add("ls", "list the stores under a folder")
     ls.add_argument("root", metavar="ROOT", nargs="?", default=".", help="a folder or s3://bucket/prefix (%(default)s)")
     inspect = add("inspect", "say what a store holds")
     inspect.add_argument("store", metavar="STORE", help="a store's folder")
     inspect.add_argument("--unit", metavar="ID", help="one unit of it")
     inspect.add_argument("--tokens", action="store_true", help="with --unit: its tokens, and what the teacher kept")
+    inspect.add_argument(
+        "--texts", type=_count, metavar="N", help="of generations: show N responses, with --tokens each one's tokens"
+    )
     inspect.add_argument("--sql", action="store_true", help="print statements for DuckDB that make views of its shards")
+    inspect.add_argument("--html", metavar="FILE", help="write a page about the store, to be opened by a browser")
     verify = add("verify", "read every shard and compare it with what was committed")
     _add_verify(verify)
     _add_gc(add("gc", "remove leftovers of stopped writers, and dropped shards that no pinned student needs"))
@@ -190,7 +206,7 @@ class _Version(argparse.Action):
 
 
 def _suggest_command(words: Sequence[str]) -> None:
-    known = ["init", *RECIPE_COMMANDS, "ls", "inspect", "verify", "gc", "transcode"]
+    known = ["init", *RECIPE_COMMANDS, "status", "report", "ls", "inspect", "verify", "gc", "transcode"]
     first = next(iter(words), None)
     if first is None:
         raise UsageMistake(f"no command; expected one of {', '.join(known)} (see stillroom --help)")

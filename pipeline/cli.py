@@ -19,6 +19,8 @@ Result = dict[str, Any]
 INTERRUPTED = 130
 #: Removed files shown by name.
 _SHOWN_REMOVED = 40
+#: Characters shown of texts in a table.
+_SHOWN_TEXT = {"prompt": 200, "response": 400}
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -29,7 +31,8 @@ def main(words: Sequence[str] | None = None) -> int:
         arguments = parse(words)
         result, code = _dispatch(arguments, Console(quiet=arguments.quiet))
         # These have shown their tables on stderr, as they went along.
-        if json_wanted or arguments.command not in ("run", "train", "evaluate"):
+        shown = arguments.command in ("run", "train", "evaluate") and not getattr(arguments, "dry_run", False)
+        if json_wanted or not shown:
             _show(result if json_wanted else _for_people(arguments.command, result), json_wanted=json_wanted)
         return code
     except UsageMistake as mistake:
@@ -61,20 +64,31 @@ def _dispatch(arguments: Namespace, console: Console) -> tuple[Result, int]:
 
 def _recipe_command(arguments: Namespace, console: Console) -> tuple[Result, int]:
     from stillroom.pipeline.process import locks_of, only_one, terminable
-    from stillroom.pipeline.recipe import load_recipe, notices
+    from stillroom.pipeline.recipe import load_chain, notices
 
     # train and evaluate work from the store; corpus and teacher may be gone by then
     files = arguments.command in ("run", "plan", "generate", "teach")
-    recipe = load_recipe(arguments.recipe, arguments.overrides, files=files)
-    for notice in notices(recipe):
+    chain = load_chain(arguments.recipe, arguments.overrides, files=files)
+    if arguments.stage is not None or arguments.command != "run":
+        chain = chain.only(arguments.stage)
+    for notice in dict.fromkeys(notice for stage in chain.stages for notice in notices(stage.recipe)):
         console.notice(notice)
-    locks = locks_of(arguments.command, read_through=recipe.train.read_through)
-    with terminable(), only_one(recipe.run_dir, locks):
-        result = _stage(arguments.command)(recipe, console=console)
+    if arguments.command == "run" and arguments.dry_run:
+        from stillroom.pipeline.stages.dry_run import dry_run
+
+        return dry_run(chain), 0
+    read_through = chain.stages[0].recipe.train.read_through
+    with terminable(), only_one(chain.run_dir, locks_of(arguments.command, read_through=read_through)):
+        if arguments.command == "run":
+            from stillroom.pipeline.stages.run import run_whole
+
+            result = run_whole(chain, console=console, redo=arguments.redo)
+        else:
+            result = _stage(arguments.command)(chain.stages[0].recipe, console=console)
     if result.get("quarantined"):  # of `teach`: all that could be committed is
         from stillroom.pipeline.quarantine import left_out
 
-        store = result.get("store", recipe.store.path)
+        store = result.get("store", chain.stages[0].recipe.store.path)
         print(f"stillroom: error: {left_out(result['quarantined'], store)}", file=sys.stderr)
         return result, 1
     return result, 0
@@ -83,10 +97,6 @@ def _recipe_command(arguments: Namespace, console: Console) -> tuple[Result, int
 def _stage(command: str) -> Callable[..., Result]:
     """The function that does a recipe command. Imported here and not above: torch and ray take seconds."""
     match command:
-        case "run":
-            from stillroom.pipeline.run import run_recipe
-
-            return run_recipe
         case "plan":
             from stillroom.pipeline.plan import plan_command
 
@@ -132,6 +142,7 @@ def _init(arguments: Namespace, console: Console) -> tuple[Result, int]:
 
 
 def _ls(arguments: Namespace, console: Console) -> tuple[Result, int]:
+    from stillroom.storage.catalog.generations import generation_rows
     from stillroom.storage.catalog.stores import list_stores, problem_rows, reuse_rows, table_rows
 
     stores = list_stores(arguments.root)
@@ -140,21 +151,63 @@ def _ls(arguments: Namespace, console: Console) -> tuple[Result, int]:
     if arguments.json:
         return {"stores": stores}, 0
     # what fits a terminal; --json has it all
-    tables = {"stores": table_rows, "reuse": reuse_rows, "problems": problem_rows}
+    tables = {"stores": table_rows, "generations": generation_rows, "reuse": reuse_rows, "problems": problem_rows}
     shown = {name: make(stores, arguments.root) for name, make in tables.items()}
     return {name: rows for name, rows in shown.items() if rows}, 0
 
 
 def _inspect(arguments: Namespace, console: Console) -> tuple[Result, int]:
     from stillroom.storage.catalog.inspect import inspect_store
+    from stillroom.storage.files import open_files
+    from stillroom.storage.generations.store import holds_generations
 
     if arguments.sql:
         return _views(arguments), 0
+    if arguments.html:
+        from stillroom.pipeline.report.command import inspect_page
+
+        return inspect_page(arguments.store, arguments.html, console), 0
+    if holds_generations(open_files(arguments.store)):
+        return _inspect_generations(arguments), 0
+    if arguments.texts:
+        raise UsageMistake(f"--texts is of generations, and {arguments.store} is no store of them")
     result = inspect_store(arguments.store, unit=arguments.unit)
     if not arguments.tokens:
         for sequence in result.get("sequences", []) if arguments.unit else []:
             sequence.pop("positions", None)
     return result, 0
+
+
+def _inspect_generations(arguments: Namespace) -> Result:
+    from stillroom.storage.catalog.generations import inspect_generations
+
+    result = inspect_generations(arguments.store, arguments.unit, texts=arguments.texts or 0, tokens=arguments.tokens)
+    if not arguments.json:  # what fits a terminal; --json has it all
+        for row in result.get("responses_shown", []):
+            del row["prompt_digest"]
+            for name, length in _SHOWN_TEXT.items():
+                row[name] = row[name] and _shortened(row[name], length)
+    return result
+
+
+def _shortened(text: str, length: int) -> str:
+    """On one line, as line ends are not the table's."""
+    line = " ".join(text.split())
+    return line if len(line) <= length else f"{line[: length // 2]} … {line[len(line) - length // 2 :]}"
+
+
+def _status(arguments: Namespace, console: Console) -> tuple[Result, int]:
+    from stillroom.pipeline.run_status import status_command
+
+    return status_command(arguments.run), 0
+
+
+def _report(arguments: Namespace, console: Console) -> tuple[Result, int]:
+    from stillroom.pipeline.process import terminable
+    from stillroom.pipeline.report.command import report
+
+    with terminable():
+        return report(arguments.runs, arguments.html, console), 0
 
 
 def _views(arguments: Namespace) -> Result:
@@ -172,14 +225,19 @@ def _verify(arguments: Namespace, console: Console) -> tuple[Result, int]:
     from stillroom.pipeline.process import terminable
     from stillroom.storage.care.repair import repair_store
     from stillroom.storage.care.verify import verify_store
+    from stillroom.storage.files import open_files
+    from stillroom.storage.generations.store import holds_generations
 
+    if arguments.rescore and holds_generations(open_files(arguments.store)):
+        raise UsageMistake("--rescore asks a teacher for its signal again: leave it out for a store of generations")
     check = repair_store if arguments.repair else verify_store
     with terminable(), console.progress(None, "shards", label="verify") as progress:
         result = check(arguments.store, progress.update)
     if arguments.rescore:
         _rescore(arguments, console, result)
     if arguments.repair and any(problem.get("repaired") for problem in result["problems"]):
-        console.info("verify: what was dropped is to be scored again: run `stillroom teach` on the store's recipe")
+        stage = "generate" if result["kind"] == "generations" else "teach"
+        console.info(f"verify: what was dropped is to be made again: run `stillroom {stage}` on the store's recipe")
     return result, 1 if any(not problem.get("repaired") for problem in result["problems"]) else 0
 
 
@@ -244,7 +302,8 @@ def _transcode(arguments: Namespace, console: Console) -> tuple[Result, int]:
 
 
 _OTHERS: dict[str, Callable[[Namespace, Console], tuple[Result, int]]] = {
-    "init": _init, "ls": _ls, "inspect": _inspect, "verify": _verify, "gc": _gc, "transcode": _transcode,
+    "init": _init, "status": _status, "report": _report, "ls": _ls, "inspect": _inspect, "verify": _verify, "gc": _gc,
+    "transcode": _transcode,
 }  # fmt: skip
 
 

@@ -17,8 +17,10 @@ from stillroom.pipeline.fidelity import keep_fidelity, require_taught
 from stillroom.pipeline.founding import found_store
 from stillroom.pipeline.ledger import Ledger
 from stillroom.pipeline.precompute import require_all_taught, teach
+from stillroom.pipeline.quality.likeness import require_installed
 from stillroom.pipeline.recipe import save_resolved
 from stillroom.pipeline.recipe.schema import Recipe
+from stillroom.pipeline.side_by_side import train_together
 from stillroom.pipeline.sources import Sources
 from stillroom.pipeline.train import require_possible, require_untouched, show_students, student_line, train
 from stillroom.storage.catalog.stores import summary as summary_of
@@ -29,14 +31,17 @@ from stillroom.storage.store import Store
 def run_recipe(recipe: Recipe, *, console: Console) -> dict[str, Any]:
     """Run what is not done yet; returns the summary that it writes to `summary.json`."""
     save_resolved(recipe, recipe.run_dir / "recipe.resolved.yaml")
+    if recipe.evaluate.answers is not None:
+        require_installed()
     sources = Sources(recipe, console)
     generations = None
     if recipe.generate is not None:
         from stillroom.pipeline.generate import generate, require_all_generated
+        from stillroom.pipeline.generated import generations_summary
 
         generated = generate(recipe, sources, console)
         require_all_generated(generated)
-        generations = generated.as_dict()
+        generations = generations_summary(recipe, generated)
     manifest = sources.manifest()
     signal = sources.identity().signal
     for student in recipe.students:
@@ -52,8 +57,11 @@ def run_recipe(recipe: Recipe, *, console: Console) -> dict[str, Any]:
         require_all_taught(taught, store)
         keep_fidelity(recipe, store, console)
 
+    together = recipe.train.side_by_side > 1
     for student in recipe.students:
-        if recipe.train.read_through:
+        if together:
+            teaching(student.name)
+        elif recipe.train.read_through:
             from stillroom.pipeline.read_through import train_beside  # with it comes Ray, which takes a second
 
             begin = partial(teaching, student.name)
@@ -61,6 +69,8 @@ def run_recipe(recipe: Recipe, *, console: Console) -> dict[str, Any]:
         else:
             teaching(student.name)
             students.append(train(recipe, student, console))
+    if together:
+        students = train_together(recipe, recipe.students, console)
     if not recipe.students:
         teaching("")
     evaluation = evaluate(recipe, console)
@@ -105,3 +115,7 @@ def _show(recipe: Recipe, students: list[dict[str, Any]], summary: dict[str, Any
     console.info(f"teacher batches: {batches[0]} for the first student, {batches[1]} for the later ones")
     console.info(f"run: {recipe.run_dir} (summary.json, students/*/export); store: {summary['store']}")
     console.info(f"next: stillroom inspect {summary['store']}    stillroom verify {summary['store']}")
+    if "generations" in summary:
+        from stillroom.pipeline.generated import show_distillation
+
+        show_distillation(summary, console)

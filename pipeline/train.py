@@ -15,8 +15,9 @@ from stillroom.pipeline.recipe.schema import Recipe
 from stillroom.pipeline.sources import Sources
 from stillroom.pipeline.student.bindings import EXPORT, RESULT, bindings_of, finished, read_result, require_same
 from stillroom.pipeline.student.config import StudentConfig, StudentJob, student_window
-from stillroom.pipeline.student.curriculum import other_corpus
+from stillroom.pipeline.student.curriculum import other_corpus, phase_steps
 from stillroom.pipeline.student.features.maps import resolve
+from stillroom.pipeline.student.mix import Mix
 from stillroom.pipeline.student_process import StudentProcess
 from stillroom.storage.errors import StoreError, StudentError
 from stillroom.storage.files import LocalFiles
@@ -34,7 +35,12 @@ def train_command(recipe: Recipe, *, console: Console) -> dict[str, Any]:
         if any(student.taught for student in recipe.students):
             raise StoreError(f"{manifest_path(recipe)} is not there yet: run `stillroom teach` on this recipe first")
         Sources(recipe, console).manifest()  # hard labels alone need the text, and no teacher
-    results = [train(recipe, student, console) for student in recipe.students]
+    if recipe.train.side_by_side > 1:
+        from stillroom.pipeline.side_by_side import train_together
+
+        results = train_together(recipe, recipe.students, console)
+    else:
+        results = [train(recipe, student, console) for student in recipe.students]
     show_students(results, console)
     return {"students": results}
 
@@ -94,13 +100,18 @@ def require_possible(recipe: Recipe, student: StudentConfig, manifest: Manifest,
     """Raises StudentError, TokenizerMismatch, RecipeError, or UnsupportedSignal for the layers it learns from, for a
     student that its process would refuse, as far as configs and tokenizers tell: said before the teacher has worked
     for it."""
+    from stillroom.pipeline.student.lora import require_peft
     from stillroom.pipeline.student.model import check_student, student_shape
 
     if (student_folder(recipe, student) / RESULT).exists():
         return
+    if student.lora:
+        require_peft()
     window = student_window(student, manifest.meta.window)
     for path in student.corpora():
         other_corpus(path, manifest, window)
+    if student.mix:  # what epochs hold is not known yet: the run itself looks at every step
+        Mix.of(student.mix, manifest, phase_steps(student) or student.steps or 1000)
     teacher = sources.teacher_folder if student.model.cut is not None else None
     check_student(
         student.model,
@@ -143,11 +154,18 @@ def student_line(result: dict[str, Any]) -> dict[str, Any]:
             f"teacher_mass_{when}": found.get("teacher_mass"),
             f"student_mass_{when}": found.get("student_mass"),
             f"ppl_{when}": found.get("perplexity"),
+            **{
+                f"ppl_{kind}_{when}": found[f"perplexity_{kind}"]
+                for kind in ("teacher_text", "ground_truth")
+                if f"perplexity_{kind}" in found
+            },
             f"ece_{when}": found.get("ece"),
         }
     return line | {
         "seconds_waited": result.get("seconds_waited"),
+        "best_step": (result.get("best") or {}).get("step"),
         "notices": result.get("notices", []),
+        **({"mix": result["mix"]} if "mix" in result else {}),
         "export": result["export"],
     }
 
@@ -186,6 +204,8 @@ def job_on(recipe: Recipe, student: StudentConfig, snapshot: Path | None) -> Stu
         tokenizer=recipe.run_dir / "tokenizer",
         # As the recipe has it: a finished student is found without the teacher's files.
         teacher=Path(recipe.teacher.model) if student.model.cut is not None else None,
+        processes=recipe.train.processes,
+        rank_timeout_s=recipe.train.rank_timeout_s,
     )
 
 

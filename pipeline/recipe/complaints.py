@@ -12,6 +12,7 @@ from pydantic_core import ErrorDetails
 
 from stillroom.pipeline.recipe.document import Document, KeyPath, dotted, nearest, shown
 from stillroom.pipeline.recipe.fields import fields_of, keys_of, meaning, models_at
+from stillroom.pipeline.recipe.stages import LAYOUT
 from stillroom.storage.errors import RecipeError
 
 #: What each of pydantic's error types wanted, in the words of a recipe.
@@ -115,6 +116,7 @@ def _choices(details: list[ErrorDetails]) -> list[str]:
 def _instead(path: KeyPath, model: type[BaseModel]) -> str:
     """What an unknown key may have meant: its neighbour's name, the same name in another section, or the list."""
     known = [name for section in models_at(model, path[:-1]) for name in keys_of(section)]
+    known += LAYOUT if len(path) == 1 and "corpus" in known else ()
     hint = nearest(str(path[-1]), known)
     if hint:
         return hint

@@ -13,13 +13,13 @@ from stillroom.pipeline.recipe.schema import Recipe
 from stillroom.storage.errors import RecipeError
 
 
-def check_files(recipe: Recipe, where: Callable[[KeyPath], str] | None = None) -> None:
+def check_files(recipe: Recipe, where: Callable[[KeyPath], str] | None = None, *, teacher: bool = True) -> None:
     """Raises RecipeError for the first model or source that is a path and does not exist.
 
-    where: the place in the recipe to name, `Document.where`.
+    where: the place in the recipe to name, `Document.where`. teacher: whether it must be there by now.
     """
     for path, value, missing in _named(recipe):
-        if missing(value):
+        if missing(value) and (teacher or path != ("teacher", "model")):
             place = f"{where(path)}: " if where is not None else ""
             raise RecipeError(f"{place}{dotted(path)}: no such file or folder: {value}{nearest_file(Path(value))}")
 
@@ -50,6 +50,8 @@ def _named(recipe: Recipe) -> Iterator[tuple[KeyPath, str, Callable[[str], bool]
     yield ("teacher", "model"), recipe.teacher.model, missing_model
     for number, source in enumerate(recipe.corpus.sources):
         yield ("corpus", "sources", number, "path"), source.path, missing_source
+    if recipe.evaluate.lm_eval and recipe.evaluate.lm_eval.include_path:
+        yield ("evaluate", "lm_eval", "include_path"), str(recipe.evaluate.lm_eval.include_path), missing_source
     for number, prompts in enumerate(recipe.generate.prompts if recipe.generate else ()):
         yield ("generate", "prompts", number, "path"), prompts.path, missing_source
     for number, student in enumerate(recipe.students):

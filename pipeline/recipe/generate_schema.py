@@ -99,8 +99,8 @@ class EngineConfig(Section):
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Of the forward pass. null: as `teacher.dtype`."""
     quantization: str | None = None
-    """vLLM's name of a quantisation of the weights, such as `fp8`. null: as they are; `teacher.quantisation` is of the
-    scorer alone."""
+    """vLLM's name of a quantisation of the weights, such as `fp8`. null: as they are, which a recipe with
+    `teacher.quantisation` may not have: that is made by torchao, for scoring, and vLLM does not make it."""
     tensor_parallel_size: int = Field(default=1, ge=1)
     """GPUs that share a model; `ray.gpus_per_actor` must be the same."""
     max_model_len: int | None = Field(default=None, ge=2)

@@ -18,6 +18,7 @@ from stillroom.pipeline.recipe.fields import is_list, keys_of, models_in, type_w
 from stillroom.pipeline.recipe.files import check_files
 from stillroom.pipeline.recipe.overrides import apply_overrides
 from stillroom.pipeline.recipe.schema import Recipe
+from stillroom.pipeline.recipe.stages import stage_documents
 from stillroom.pipeline.recipe.strict import wrong_kinds
 from stillroom.storage.errors import RecipeError, StoreError
 from stillroom.storage.files import LocalFiles
@@ -30,7 +31,10 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = (), *, files: bool 
     Raises RecipeError: one line that names the place (file and line, or the command line), the key, what was
     expected and what was given, with the nearest match where there is one.
     """
-    document = apply_overrides(read_document(Path(path)), overrides)
+    stages = stage_documents(apply_overrides(read_document(Path(path)), overrides))
+    if stages[0].name:
+        raise RecipeError(f"{path}: a recipe with stages: {', '.join(stage.name for stage in stages)}")
+    document = stages[0].document
     recipe = validate(document)
     if files:
         check_files(recipe, document.where)

@@ -11,6 +11,7 @@ from pydantic_core import to_jsonable_python
 from stillroom.pipeline.recipe.document import dotted, shown
 from stillroom.pipeline.recipe.fields import fields_of, meaning, models_in, type_words
 from stillroom.pipeline.recipe.schema import Recipe
+from stillroom.pipeline.recipe.stages import LAYOUT, presets
 
 
 def reference_rows() -> list[dict[str, Any]]:
@@ -21,6 +22,11 @@ def reference_rows() -> list[dict[str, Any]]:
         if not info.is_required() and info.default_factory is None and not any(models_in(info.annotation)):
             row["default"] = to_jsonable_python(info.default)
         rows.append(row)
+    kinds = {"preset": " | ".join(presets()), "student_defaults": "section", "stages": "list of section"}
+    rows += [
+        {"key": key, "type": kinds[key], "required": False, "meaning": words.format(presets=", ".join(presets()))}
+        for key, words in LAYOUT.items()
+    ]
     return rows
 
 

@@ -58,6 +58,34 @@ class TrainConfig(Section):
     patience_s: float | None = Field(default=1800, gt=0)
     """How long `train` goes on waiting when teachers give no sign of life (no commit, no progress file): loading a
     large teacher, or a cluster's queue, takes a while. null: for ever."""
+    processes: int = Field(default=1, ge=1)
+    """Processes of this machine that train a student together, each with its share of every step's packs; the numbers
+    are those of one, but for rounding. With GPUs: how many, as each process takes one."""
+    side_by_side: int = Field(default=1, ge=1)
+    """How many students train at once. With GPUs each has ones of its own; else they share a device."""
+    rank_timeout_s: float = Field(default=1800, gt=0)
+    """How long one of several processes waits for another before training ends: longer than a checkpoint takes."""
+
+
+class AnswersConfig(Section):
+    """Each student's greedy answers to held-out prompts beside the teacher's responses that are kept: BLEU and ROUGE-L
+    (`pip install stillroom[answers]`), and both sides' words in `answers/` of the run's folder."""
+
+    prompts: int = Field(default=32, ge=1)
+    """Prompts that are asked; fewer where fewer are held out."""
+    max_tokens: int = Field(default=64, ge=1)
+    """The most tokens of an answer."""
+
+
+class LmEvalConfig(Section):
+    """Downstream tasks by EleutherAI's evaluation harness (`pip install stillroom[lm-eval]`)."""
+
+    tasks: tuple[str, ...] = Field(min_length=1)
+    """Names of tasks or groups, of the harness or of include_path. Those of the harness load data from the hub."""
+    include_path: Path | None = None
+    """A folder with tasks of your own, YAML as the harness has it; with data on this machine they run offline."""
+    limit: int | None = Field(default=None, ge=1)
+    """At most so many documents of each task. null: all."""
 
 
 class EvaluateConfig(Section):
@@ -67,6 +95,10 @@ class EvaluateConfig(Section):
     """Measure the teacher too: perplexity, memory and latency. Loads it once more."""
     latency_tokens: int = Field(default=64, ge=1)
     """Tokens generated to measure latency."""
+    answers: AnswersConfig | None = None
+    """Answers of the students beside the teacher's. null: none."""
+    lm_eval: LmEvalConfig | None = None
+    """Downstream tasks, of every student and of the teacher where it is measured. null: none."""
 
 
 class Recipe(Section):
@@ -135,7 +167,39 @@ class Recipe(Section):
             store = self.store.model_copy(update={"path": str(self.run_dir / "store")})
             object.__setattr__(self, "store", store)
         self._settle_generations()
+        self._require_responses()
+        if self.train.read_through and self.train.side_by_side > 1:
+            raise ValueError(
+                f"train.read_through and train.side_by_side {self.train.side_by_side}: one student at a time trains "
+                "beside the teachers; leave one of both out"
+            )
+        for number, student in enumerate(self.students):
+            if self.train.processes > student.batch_packs:
+                raise ValueError(
+                    f"train.processes is {self.train.processes}, students.{number}.batch_packs {student.batch_packs}: "
+                    "each process takes whole packs of a step; raise batch_packs, or set processes to at most "
+                    f"{student.batch_packs}"
+                )
+            if self.train.processes > 1 and student.device not in ("auto", "cpu", "cuda"):
+                raise ValueError(
+                    f"train.processes is {self.train.processes}, students.{number}.device {student.device}: processes "
+                    "take GPUs by their number, or the CPU; set device to auto, cuda or cpu, or processes to 1"
+                )
+            if student.mix:
+                student.mix.require_names(self.corpus.names(), f"students.{number}.mix")
         return self
+
+    def _require_responses(self) -> None:
+        """Answers are compared with responses of the teacher to prompts that nobody learned from."""
+        if self.evaluate.answers is None:
+            return
+        if not any(source.path.startswith(f"{GENERATIONS}:") for source in self.corpus.sources):
+            what = "corpus.sources has no generations" if self.generate else "the recipe has no generate section"
+            raise ValueError(
+                f"evaluate.answers has no teacher responses to compare with: {what}; add it, or leave answers out"
+            )
+        if not self.corpus.heldout:
+            raise ValueError("evaluate.answers asks held-out prompts, and corpus.heldout is 0: set it to 0.1, say")
 
     def _settle_generations(self) -> None:
         """A folder of their own, and the corpus source `generations`."""
@@ -148,6 +212,13 @@ class Recipe(Section):
             raise ValueError(
                 f"generate.engine.tensor_parallel_size is {engine.tensor_parallel_size}, ray.gpus_per_actor "
                 f"{self.ray.gpus_per_actor:g}: an engine has the GPUs of its actor, so set both to the same"
+            )
+        if self.teacher.quantisation and engine.quantization is None:
+            raise ValueError(
+                f"teacher.quantisation is {self.teacher.quantisation}, which vLLM does not make: the responses would "
+                "be those of the teacher as it lies. Set generate.engine.quantization to vLLM's name of one, or "
+                "generate by a recipe without teacher.quantisation and read its verdicts.parquet as a corpus source "
+                "generations:PATH"
             )
         if path == self.store.path:
             raise ValueError("generate.path and store.path are the same: each needs a folder of its own")

@@ -46,7 +46,7 @@ class TestGrammar:
     @pytest.mark.parametrize(
         ("words", "message"),
         [
-            ([], "no command; expected one of init, run, plan, generate, teach, train, evaluate, ls, inspect, verify"),
+            ([], "no command; expected one of init, run, plan, generate, teach, train, evaluate, status, report, ls"),
             (["runn"], "unknown command runn (did you mean run?)"),
             (["zzz"], "unknown command zzz; expected one of init"),
             (["run"], "the following arguments are required: RECIPE"),
@@ -70,8 +70,8 @@ class TestGrammar:
         assert left.value.code == 0
         lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("    ") and line[4] != " "]
         assert [word for word in (line.split()[0] for line in lines) if word.isalpha()] == [
-            "init", "run", "plan", "generate", "teach", "train", "evaluate", "ls", "inspect", "verify", "gc",
-            "transcode",
+            "init", "run", "plan", "generate", "teach", "train", "evaluate", "status", "report", "ls", "inspect", "verify",
+            "gc", "transcode",
         ]  # fmt: skip
 
     def test_version(self, capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,9 +99,9 @@ class TestErrors:
             assert main([command, "recipe.yaml"]) == 2
             assert "recipe.yaml:3: corpus.sources.0.path: no such file" in capsys.readouterr().err
 
-    def test_a_store_that_is_none_is_exit_code_1(self, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        for command in ("inspect", "verify"):
-            assert main([command, "nowhere"]) == 1
+    def test_a_store_that_is_none_is_exit_code_2(self, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        for command in ("inspect", "verify", "gc", "ls"):
+            assert main([command, "nowhere"]) == 2
             err = capsys.readouterr().err
             assert err.startswith("stillroom: error: ")
             assert err.count("\n") == 1

@@ -52,8 +52,10 @@ def below_null(path: KeyPath) -> bool:
         for section in (
             ("signal", "topk", "nucleus"),
             *(("signal", part) for part in ("sampled", "hidden", "layers", "attention")),
-            *(("students", 0, section) for section in ("features", "phases")),
+            *(("students", 0, section) for section in ("features", "keep_best", "lora", "mix", "phases")),
             ("generate",),
+            ("evaluate", "answers"),
+            ("evaluate", "lm_eval"),
         )
     )
 
@@ -177,6 +179,19 @@ class TestSignal:
     )
     def test_refused(self, recipe_file: Path, words: list[str], message: str) -> None:
         assert message in refusal(recipe_file, *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train.processes=9"], "train.processes is 9, students.0.batch_packs 8: each process takes whole packs"),
+        (["train.processes=2", "students.0.device=cuda:1"], "students.0.device cuda:1: processes take GPUs by their"),
+        (["train.processes=0"], "train.processes: expected at least 1, got 0"),
+    ],
+)
+def test_processes_that_cannot_share_a_student_are_refused(recipe_file: Path, words: list[str], message: str) -> None:
+    assert message in refusal(recipe_file, *words)
+    assert load_recipe(recipe_file, ["train.processes=8"]).train.processes == 8
 
 
 class TestResolved:
@@ -339,6 +354,35 @@ class TestOverrides:
     )
     def test_refused(self, recipe_file: Path, word: str, message: str) -> None:
         assert refusal(recipe_file, word).startswith(message)
+
+
+class TestMix:
+    WORDS = ("corpus.sources=[text.txt, {path: text.txt, name: other}]", "students.0.steps=9")
+
+    def test_shares_of_sources_the_corpus_has(self, recipe_file: Path) -> None:
+        mix = "students.0.mix={by: sampling, shares: {other: {from: 0.9, to: 0.5}}}"
+        found = load_recipe(recipe_file, [*self.WORDS, mix]).students[0].mix
+        assert found is not None
+        assert (found.by, list(found.shares)) == ("sampling", ["other"])
+
+    @pytest.mark.parametrize(
+        ("word", "message"),
+        [
+            ("mix={shares: {othre: 0.5}}", "students.0.mix.shares.othre: no source has this name; the corpus has text"),
+            ("mix={shares: {other: 1.5}}", "students.0.mix: shares.other: must lie in 0 … 1, got 1.5"),
+            ("mix={by: wieght, shares: {other: 1}}", "students.0.mix.by: expected weight or sampling, got "),
+            ("mix={shares: {}}", "students.0.mix.shares: "),
+        ],
+    )  # fmt: skip
+    def test_others_are_refused_before_anything_is_read(self, recipe_file: Path, word: str, message: str) -> None:
+        with pytest.raises(RecipeError) as found:
+            load_recipe(recipe_file, [*self.WORDS, f"students.0.{word}"])
+        assert message in str(found.value)
+
+    def test_two_sources_of_one_name_cannot_be_mixed(self, recipe_file: Path) -> None:
+        words = ["corpus.sources=[text.txt, text.txt]", "students.0.mix={shares: {text: 0.5}}"]
+        with pytest.raises(RecipeError, match="several sources are called text: give each a `name`"):
+            load_recipe(recipe_file, words)
 
 
 class TestFiles:
