@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stillroom.pipeline.account import TeachingAccount
@@ -22,7 +23,7 @@ from stillroom.pipeline.ledger import Ledger
 from stillroom.pipeline.plan import Plan, make_plan
 from stillroom.pipeline.process import uninterrupted
 from stillroom.pipeline.progress_file import State
-from stillroom.pipeline.prompts import ingest_prompts, read_texts
+from stillroom.pipeline.prompts import PromptCounts, ingest_prompts, read_texts
 from stillroom.pipeline.quality.judge import REASONS, judge_prompt
 from stillroom.pipeline.quality.own_function import Judge, load_function
 from stillroom.pipeline.quarantine import left_out
@@ -30,6 +31,7 @@ from stillroom.pipeline.recipe.generate_schema import GenerateConfig
 from stillroom.pipeline.recipe.schema import VERDICTS, Recipe
 from stillroom.pipeline.sources import Sources
 from stillroom.pipeline.taught import Batch, Taught
+from stillroom.pipeline.token_text import keep_token_table
 from stillroom.storage.errors import RecipeError, TeacherError
 from stillroom.storage.generations.records import GenerationIdentity
 from stillroom.storage.generations.store import GenerationStore, create_generations
@@ -90,10 +92,8 @@ def generate(recipe: Recipe, sources: Sources, console: Console) -> Generated:
     function = None if config.quality.function is None else load_function(config.quality.function)
     manifest, prompts = _prompts(recipe, config, sources, console)
     store = create_generations(config.path, generation_identity(recipe, config, sources))
-    plan = make_plan(
-        manifest, store, unit_tokens=config.unit_tokens, seed=config.decoding.seed,
-        beside=config.decoding.n * config.decoding.max_tokens,
-    )  # fmt: skip
+    keep_token_table(store.files, sources.tokenizer, store.identity.vocabulary)
+    plan = _plan(config, manifest, store, save=True)
     taught = Taught(plan.sequences, plan.held)
     if plan.pending:
         console.info(
@@ -107,6 +107,18 @@ def generate(recipe: Recipe, sources: Sources, console: Console) -> Generated:
     reasons = judge(recipe, config, manifest, store, function)
     _show(reasons, console)
     return Generated(store, taught, prompts, reasons)
+
+
+def _plan(config: GenerateConfig, manifest: Manifest, store: GenerationStore, *, save: bool) -> Plan:
+    return make_plan(
+        manifest, store, unit_tokens=config.unit_tokens, seed=config.decoding.seed, save=save,
+        beside=config.decoding.n * config.decoding.max_tokens,
+    )  # fmt: skip
+
+
+def pending(config: GenerateConfig, manifest: Manifest, store: GenerationStore) -> int:
+    """Prompts that are not answered yet; nothing is written."""
+    return _plan(config, manifest, store, save=False).pending_sequences
 
 
 def require_all_generated(generated: Generated) -> None:
@@ -148,6 +160,19 @@ def generator_spec(recipe: Recipe, config: GenerateConfig, sources: Sources) -> 
 def _prompts(
     recipe: Recipe, config: GenerateConfig, sources: Sources, console: Console
 ) -> tuple[Manifest, dict[str, Any]]:
+    manifest, counts, read = _ingest(recipe, config, sources, prompts_path(recipe))
+    console.info(f"prompts: {counts.line()}{'' if read else '; unchanged'}")
+    for notice in counts.notices() if read else []:
+        console.notice(f"prompts: {notice}")
+    return manifest, counts.as_dict()
+
+
+def prompts_of(recipe: Recipe, config: GenerateConfig, sources: Sources, out: Path) -> Manifest:
+    """The prompts as they are now, written to `out`."""
+    return _ingest(recipe, config, sources, out)[0]
+
+
+def _ingest(recipe: Recipe, config: GenerateConfig, sources: Sources, out: Path) -> tuple[Manifest, PromptCounts, bool]:
     from stillroom.workers.source import positions_of
 
     limit = positions_of(sources.teacher_folder, trust_remote_code=recipe.teacher.trust_remote_code)
@@ -157,16 +182,10 @@ def _prompts(
             f"generate.engine.max_model_len is {asked:,}, the teacher's positions end at {limit:,}: lower it, or leave "
             "it out"
         )
-    manifest, counts, read = ingest_prompts(
-        config, recipe.corpus, sources.tokenizer, window=asked or limit, out=prompts_path(recipe)
-    )
-    console.info(f"prompts: {counts.line()}{'' if read else '; unchanged'}")
-    for notice in counts.notices() if read else []:
-        console.notice(f"prompts: {notice}")
-    return manifest, counts.as_dict()
+    return ingest_prompts(config, recipe.corpus, sources.tokenizer, window=asked or limit, out=out)
 
 
-def prompts_path(recipe: Recipe) -> Any:
+def prompts_path(recipe: Recipe) -> Path:
     return recipe.run_dir / "prompts.parquet"
 
 
@@ -231,9 +250,18 @@ def _drain(events: Iterator[Any], batch: Batch, status: "GeneratingStatus", prog
 
 
 def judge(
-    recipe: Recipe, config: GenerateConfig, manifest: Manifest, store: GenerationStore, function: Judge | None
+    recipe: Recipe,
+    config: GenerateConfig,
+    manifest: Manifest,
+    store: GenerationStore,
+    function: Judge | None,
+    *,
+    out: Path | None = None,
 ) -> Counter[str]:
-    """Judge every response to the recipe's prompts and write the verdicts; how many there are of each reason."""
+    """Judge every response to the recipe's prompts and write the verdicts; how many there are of each reason.
+
+    out: where, if not in the run's folder.
+    """
     meta = {
         "store": store.uri,
         "identity": store.identity.id,
@@ -241,7 +269,7 @@ def judge(
         "prompts": str(prompts_path(recipe)),
         "quality": config.quality.model_dump(mode="json"),
     }
-    return write_verdicts(recipe.run_dir / VERDICTS, _verdicts(config, manifest, store, function), meta)
+    return write_verdicts(out or recipe.run_dir / VERDICTS, _verdicts(config, manifest, store, function), meta)
 
 
 def _verdicts(
@@ -263,3 +291,5 @@ def _show(reasons: Counter[str], console: Console) -> None:
     rows = [[reason, f"{reasons[reason]:,}", f"{reasons[reason] / total:.1%}"] for reason in (KEPT, *REASONS)
             if reasons[reason]]  # fmt: skip
     console.table(["response is", "responses", "share"], rows, title="responses, kept and dropped by reason")
+    if total and not reasons[KEPT]:
+        console.notice(f"none of the {total:,} responses is kept: see generate.quality")

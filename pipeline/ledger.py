@@ -41,6 +41,13 @@ class Ledger:
         """Teacher batches run on behalf of these students."""
         return sum(e["teacher_batches"] for e in self.entries() if e["on_behalf_of"] in students)
 
+    def rows_per_s(self) -> float | None:
+        """Rows written per second, all actors together: of a ledger of generating, tokens of responses. None if nothing
+        was, or an earlier release did not count them."""
+        entries = [e for e in self.entries() if "rows" in e]
+        seconds = sum(e["wall_s"] for e in entries)
+        return round(sum(e["rows"] for e in entries) / seconds, 1) if seconds else None
+
     def tokens_per_s(self) -> float | None:
         """Tokens scored per second of scoring, all actors together, or None if nothing was scored."""
         seconds = sum(e["wall_s"] for e in self.entries())

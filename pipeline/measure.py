@@ -1,9 +1,9 @@
 """Measure one model folder: parameters, memory, latency, and quality on the held-out text. A process of its own, so
 that teacher and student never share a device, and each one's memory is its own.
 
-Enters: a JSON request on stdin (folder, dtype, device, manifest_path,
-latency_tokens, trust_remote_code). Leaves: a JSON object on
-stdout. Costs: one load, one pass over the held-out documents, `latency_tokens` greedy steps three times.
+Enters: a JSON request on stdin (folder, dtype, device, manifest_path, latency_tokens, trust_remote_code, and for a
+student that is to answer prompts `answers`). Leaves: a JSON object on stdout. Costs: one load, one pass over the
+held-out documents, `latency_tokens` greedy steps three times, the answers.
 """
 
 import json
@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from stillroom.pipeline.student.evaluate import evaluate
+from stillroom.pipeline.student.answering import greedy_answers
+from stillroom.pipeline.student.evaluate import evaluate, generated_sequences
+from stillroom.pipeline.student.model import load_tokenizer
 from stillroom.storage.manifest import Manifest
 from stillroom.storage.stream import Stream
 
@@ -34,7 +36,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     )
     model = model.to(device).eval()
     manifest = Manifest.open(Path(request["manifest_path"]))
-    return {
+    found = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "weight_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
         **_quality(model, manifest),
@@ -43,6 +45,16 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
         "device": device,
         "dtype": request["dtype"],
     }
+    if request.get("answers"):
+        found["answers"] = _answers(model, request)
+    return found
+
+
+def _answers(model: Any, request: dict[str, Any]) -> list[dict[str, Any] | None]:
+    asked = request["answers"]
+    tokenizer = load_tokenizer(request["folder"])
+    given = greedy_answers(model, tokenizer, asked["prompts"], max_tokens=asked["max_tokens"], stop=asked["stop"])
+    return [None if answer is None else answer.as_dict() for answer in given]
 
 
 def _quality(model: Any, manifest: Manifest) -> dict[str, Any]:
@@ -52,11 +64,19 @@ def _quality(model: Any, manifest: Manifest) -> dict[str, Any]:
         window, vocabulary = manifest.meta.window, manifest.meta.vocabulary
         packs = Stream(manifest=manifest, snapshot=None, heldout=True, window=window, pack=False, epochs=1)
         found = evaluate(
-            model, packs, packing=False, vocabulary=vocabulary, device=torch.device(model.device), autocast=False
-        )
+            model, packs, packing=False, vocabulary=vocabulary, device=torch.device(model.device), autocast=False,
+            generated=generated_sequences(manifest),
+        )  # fmt: skip
     if found is None:
         return {"perplexity": None, "ece": None, "heldout_positions": 0}
-    return {"perplexity": found.perplexity, "ece": found.ece, "heldout_positions": found.tokens}
+    kinds = (found.perplexity_teacher_text, found.perplexity_ground_truth)
+    of_kind = dict(zip(("perplexity_teacher_text", "perplexity_ground_truth"), kinds, strict=True))
+    return {
+        "perplexity": found.perplexity,
+        "ece": found.ece,
+        "heldout_positions": found.tokens,
+        **{key: value for key, value in of_kind.items() if value is not None},
+    }
 
 
 @torch.inference_mode()

@@ -19,6 +19,7 @@ from jinja2.exceptions import TemplateError
 
 from stillroom.pipeline.corpus import sources
 from stillroom.pipeline.corpus.config import CorpusConfig
+from stillroom.pipeline.corpus.counts import first_of
 from stillroom.pipeline.corpus.encode import Encoder
 from stillroom.pipeline.corpus.readers import BadLine, BlankLine, Record, read
 from stillroom.pipeline.corpus.render import RecordError, Rendered, messages_of
@@ -68,7 +69,7 @@ class PromptCounts:
     def notices(self) -> list[str]:
         said = []
         if self.bad:
-            said.append(f"{self.bad:,} prompts left out, the first is {self.bad_examples[0]}")
+            said.append(f"{self.bad:,} prompts left out, {first_of(self.bad_examples)}")
         if self.duplicates:
             said.append(f"{self.duplicates:,} prompts occur more than once and are answered once")
         if self.stopped_at:

@@ -114,6 +114,7 @@ class Batch:
                     "units_scored": len(self._waiting),
                     "teacher_batches": sum(r.batches for r in self._waiting),
                     "tokens_scored": sum(r.tokens for r in self._waiting),
+                    "rows": sum(r.rows for r in self._waiting),
                     "bytes_written": sum(r.shard.size_bytes for r in self._waiting),
                     "wall_s": round(seconds, 3),
                 }

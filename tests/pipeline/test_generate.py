@@ -9,8 +9,8 @@ import pytest
 
 from stillroom.pipeline.console import Console
 from stillroom.pipeline.corpus.config import CorpusConfig
-from stillroom.pipeline.generate import generate
-from stillroom.pipeline.prompts import ingest_prompts, read_texts
+from stillroom.pipeline.generate import _payloads, _plan, _prompts, generate, generation_identity
+from stillroom.pipeline.prompts import PromptCounts, ingest_prompts, read_texts
 from stillroom.pipeline.recipe import load_recipe
 from stillroom.pipeline.recipe.generate_schema import GenerateConfig
 from stillroom.pipeline.sources import Sources
@@ -65,6 +65,8 @@ class TestPrompts:
         assert [e.split(": ", 1)[0] for e in examples] == [f"prompts.jsonl:{n}" for n in (1, 3, 4, 2)]
         assert "empty" in examples[0]
         assert "do not fit in 120" in examples[3]
+        told = PromptCounts(**manifest.meta.counts).notices()[0]
+        assert told == f"4 prompts left out, the first are {'; '.join(examples[:3])}"
         for number, what in ((0, "empty"), (1, "fit"), (2, "no text"), (3, "JSON")):
             with pytest.raises(CorpusError, match=what):
                 prompts_of(tokenizer, tmp_path, [records[number]], window=120, strict=True)
@@ -153,6 +155,30 @@ class TestBeforeTheEngine:
         recipe = setup.recipe("generate.engine.max_model_len=100000")
         with pytest.raises(RecipeError, match="positions end at 256"):
             generate(recipe, Sources(recipe, Console(quiet=True)), Console(quiet=True))
+
+    def test_a_window_that_a_response_fills(self, setup: Setup) -> None:
+        recipe = setup.recipe("generate.engine.max_model_len=8")
+        with pytest.raises(CorpusError, match="up to 8 of a response do not fit in 8"):
+            generate(recipe, Sources(recipe, Console(quiet=True)), Console(quiet=True))
+
+    def test_the_requests_are_the_same_for_any_number_of_actors(self, tmp_path: Path) -> None:
+        """Units, prompts, and with them the seeds, which are of a prompt and a sample's number."""
+        write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"{n} jars"} for n in range(20)])
+        section = {"prompts": [str(tmp_path / "prompts.jsonl")], "decoding": {"max_tokens": 8}, "unit_tokens": 100}
+        setup = Setup.make(tmp_path / "run", sentences(1, 2), generate=section)
+        asked = []
+        for number, actors in enumerate((1, 2, 5)):
+            recipe = setup.recipe(f"ray.actors={actors}", f"run_dir={tmp_path / str(number)}")
+            assert recipe.generate is not None
+            sources = Sources(recipe, Console(quiet=True))
+            manifest, _ = _prompts(recipe, recipe.generate, sources, Console(quiet=True))
+            store = create_generations(recipe.generate.path, generation_identity(recipe, recipe.generate, sources))
+            payloads = list(_payloads(_plan(recipe.generate, manifest, store, save=True), manifest))
+            seeds = [store.identity.decoding.sample_seed(s.digest, 0) for _, prompts, _ in payloads for s in prompts]
+            asked.append(([unit.id for unit, _, _ in payloads], seeds))
+        assert len(asked[0][0]) > 5
+        assert len(set(asked[0][1])) == 20
+        assert asked[0] == asked[1] == asked[2]
 
     def test_no_vllm_says_which_extra(self, setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)

@@ -12,7 +12,7 @@ from stillroom.pipeline.ledger import Ledger
 from stillroom.pipeline.process import only_one, terminable, uninterrupted
 from stillroom.pipeline.recipe.schema import Recipe
 from stillroom.pipeline.recipe.teacher_schema import RayConfig
-from stillroom.storage.errors import StillroomError, StoreFull, TeacherError
+from stillroom.storage.errors import RecipeError, StillroomError, StoreFull
 
 MINIMAL = {"name": "n", "teacher": {"model": "m"}, "corpus": {"sources": ["s"]}}
 
@@ -114,7 +114,7 @@ def test_a_local_ray_ignores_the_address_in_the_environment_and_knows_its_size(
         assert not (tmp_path / "nowhere").exists()
     assert not ray.is_initialized()
     with (
-        pytest.raises(TeacherError, match=r"1 actors with 64 GPUs each need 64, this machine has"),
+        pytest.raises(RecipeError, match=r"1 actors with 64 GPUs each need 64, this machine has"),
         session(RayConfig(gpus_per_actor=64)),
     ):
         pass
