@@ -25,7 +25,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from stillroom.pipeline.process import uninterrupted
 from stillroom.pipeline.recipe.teacher_schema import RayConfig
 from stillroom.pipeline.ship import came_with_job, package_folder
-from stillroom.storage.errors import StillroomError, TeacherError
+from stillroom.storage.errors import RecipeError, StillroomError, TeacherError
 
 #: Set by Ray in the driver of a submitted job: what it was submitted with.
 JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
@@ -35,7 +35,7 @@ JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 def session(config: RayConfig, *, ranks: int = 1) -> Iterator[None]:
     """A connection to the recipe's cluster, or a local Ray that ends with the block. ranks: processes of one teacher.
 
-    Raises TeacherError if the cluster cannot be joined, or the local machine has less than the actors ask for.
+    Raises TeacherError if the cluster cannot be joined, RecipeError if the local machine has less than is asked for.
     """
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     address = address_of(config)
@@ -164,7 +164,7 @@ def _require_resources(config: RayConfig, ranks: int) -> None:
         needed = config.actors * ranks * each
         if address_of(config) is None and needed > held.get(name, 0):
             of_each = f"{ranks} ranks with {each:g} {name}s" if ranks > 1 else f"{each:g} {name}s"
-            raise TeacherError(
+            raise RecipeError(
                 f"{config.actors} actors with {of_each} each need {needed:g}, this machine has "
                 f"{held.get(name, 0):g}: lower ray.actors or ray.{name.lower()}s_per_actor{_none_of(name, held)}"
             )

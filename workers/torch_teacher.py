@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from stillroom.storage.codecs.sampled import position_keys
 from stillroom.storage.codecs.tail import tail_lse_at
 from stillroom.storage.codecs.topk import nucleus
-from stillroom.storage.errors import BadLogits, TeacherError
+from stillroom.storage.errors import BadLogits, RecipeError, TeacherError
 from stillroom.storage.records import Float32, Sequence, Signal, SignalSpec
 from stillroom.workers import batching
 from stillroom.workers.digests import hidden_width, identity_parts
@@ -298,7 +298,7 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise TeacherError(
+        raise RecipeError(
             f"teacher.device is {name}, but torch {torch.__version__} sees no GPU here; set it to cpu or auto"
         )
     return torch.device(name)

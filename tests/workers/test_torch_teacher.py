@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from stillroom.storage.errors import BadLogits, TeacherError
+from stillroom.storage.errors import BadLogits, RecipeError, TeacherError
 from stillroom.storage.fidelity.measure import noise
 from stillroom.storage.identity import Identity, real_vocabulary
 from stillroom.storage.records import (
@@ -372,7 +372,7 @@ def test_missing_weights_are_not_filled_with_random_ones(tmp_path: Path) -> None
 def test_an_unknown_architecture_and_a_missing_gpu_are_refused(tmp_path: Path) -> None:
     where = tiny_teacher(tmp_path / "teacher")
     if not torch.cuda.is_available():
-        with pytest.raises(TeacherError, match="sees no GPU"):
+        with pytest.raises(RecipeError, match="sees no GPU"):
             TorchTeacher(spec(where, device="cuda"))
     config = json.loads((where / "config.json").read_text())
     (where / "config.json").write_text(json.dumps(config | {"model_type": "unheard-of"}))
