@@ -56,7 +56,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         raise UsageMistake("--sql is of the whole store: leave out --unit")
     if arguments.command == "verify" and arguments.teacher and not arguments.rescore:
         raise UsageMistake("--teacher needs --rescore N")
-    if arguments.command == "init" and not arguments.reference and arguments.corpus is None:
+    if arguments.command == "init" and not (arguments.reference or arguments.preset) and arguments.corpus is None:
         raise UsageMistake("init needs MODEL and CORPUS (see stillroom init --help)")
     return arguments
 
@@ -86,6 +86,7 @@ def _build() -> argparse.ArgumentParser:
     init.add_argument("-o", "--output", metavar="FILE", default="recipe.yaml", help="where to write it (%(default)s)")
     init.add_argument("--force", action="store_true", help="overwrite a recipe that is there")
     init.add_argument("--reference", action="store_true", help="print every field of a recipe instead")
+    init.add_argument("--preset", metavar="NAME", help="print what a recipe's `preset: NAME` stands for instead")
     for name, summary in RECIPE_COMMANDS.items():
         command = add(name, summary)
         command.add_argument("recipe", metavar="RECIPE", help="a recipe file (YAML)")

@@ -130,6 +130,14 @@ def _for_people(command: str, result: Result) -> Result:
 def _init(arguments: Namespace, console: Console) -> tuple[Result, int]:
     from stillroom.pipeline.recipe import reference, starter
 
+    if arguments.preset:
+        from stillroom.pipeline.recipe.stages import preset_text
+
+        text = preset_text(arguments.preset)
+        if arguments.json:
+            return {"preset": arguments.preset, "recipe": text}, 0
+        print(text, end="")
+        return {}, 0
     if arguments.reference:
         if arguments.json:
             return {"fields": reference.reference_rows()}, 0

@@ -48,6 +48,13 @@ def presets() -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
+def preset_text(name: str) -> str:
+    """The preset as written. Raises RecipeError naming those that there are."""
+    if name not in presets():
+        raise RecipeError(f"there is no preset {name}{nearest(name, presets())}; there are {', '.join(presets())}")
+    return (resources("stillroom.pipeline.recipe") / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
+
+
 def stage_documents(document: Document) -> list[StageDocument]:
     """One for each stage, in the order in which they run; one without a name where the recipe has no stages.
 
@@ -93,8 +100,7 @@ def _with_preset(document: Document) -> Document:
     if name not in presets():
         hint = nearest(str(name), presets())
         raise _refusal(document, (PRESET,), f"expected one of {', '.join(presets())}, got {shown(name)}{hint}")
-    text = (resources("stillroom.pipeline.recipe") / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
-    below = parse_document(text, f"preset {name}").data
+    below = parse_document(preset_text(name), f"preset {name}").data
     return replace(document, data=merged(below, {k: v for k, v in document.data.items() if k != PRESET}))
 
 
