@@ -22,7 +22,7 @@ from ray.scripts.scripts import cli as ray_cli
 from deploy.reading import Command, Offer, code_blocks, commands_in, launcher_offer, rayjob_offer, slurm_offer
 from deploy.shapes import CLUSTER, DOCKERFILE, RAYJOB, SLURM, Deployment, at, cluster, dockerfile, rayjob, slurm
 from stillroom.pipeline.arguments import RECIPE_COMMANDS, UsageMistake, parse
-from stillroom.pipeline.recipe import load_recipe
+from stillroom.pipeline.recipe import load_chain
 from stillroom.storage.errors import RecipeError
 
 #: The recipe whose actors the launchers must have room for.
@@ -45,7 +45,7 @@ def problems(root: Path) -> list[str]:
     recipes = {}
     for name in (name for name in parsed if name.startswith("recipes/")):
         try:
-            recipes[name] = load_recipe(deploy / name, files=False)
+            recipes[name] = load_chain(deploy / name, files=False).plain
         except RecipeError as error:
             found.append(f"{name}: {error}")
     if found:  # the rest compares what can be read
@@ -84,7 +84,7 @@ def _stillroom(site: Deployment, command: Command) -> str | None:
         name = f"recipes/{Path(arguments.recipe).name}"
         if name not in site.texts:
             return f"there is no deploy/{name}"
-        load_recipe(site.root / "deploy" / name, arguments.overrides, files=False)
+        load_chain(site.root / "deploy" / name, arguments.overrides, files=False)
     except (UsageMistake, RecipeError) as mistake:
         return str(mistake)
     return None

@@ -35,7 +35,7 @@ def generations_summary(recipe: Recipe, generated: Generated) -> dict[str, Any]:
 def show_distillation(summary: dict[str, Any], console: Console) -> None:
     """The table of a run with a `generate` section, from its summary alone."""
     rows = [*_responses(summary["generations"])]
-    teacher = next((m for m in summary["models"] if m["name"] == "teacher"), {})
+    teacher: dict[str, Any] = next((m for m in summary["models"] if m["name"] == "teacher"), {})
     answers = {m["name"]: m.get("answers") for m in summary["models"]}
     for student in summary["students"]:
         rows += _student(student, teacher, answers.get(student["name"]))

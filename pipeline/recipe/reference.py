@@ -24,7 +24,7 @@ def reference_rows() -> list[dict[str, Any]]:
         rows.append(row)
     kinds = {"preset": " | ".join(presets()), "student_defaults": "section", "stages": "list of section"}
     rows += [
-        {"key": key, "type": kinds[key], "required": False, "meaning": words.format(presets=", ".join(presets()))}
+        {"key": key, "type": kinds[key], "required": False, "meaning": words.replace("{presets}", ", ".join(presets()))}
         for key, words in LAYOUT.items()
     ]
     return rows

@@ -70,8 +70,8 @@ class TestGrammar:
         assert left.value.code == 0
         lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("    ") and line[4] != " "]
         assert [word for word in (line.split()[0] for line in lines) if word.isalpha()] == [
-            "init", "run", "plan", "generate", "teach", "train", "evaluate", "status", "report", "ls", "inspect", "verify",
-            "gc", "transcode",
+            "init", "run", "plan", "generate", "teach", "train", "evaluate", "status", "report", "ls", "inspect",
+            "verify", "gc", "transcode",
         ]  # fmt: skip
 
     def test_version(self, capsys: pytest.CaptureFixture[str]) -> None:

@@ -52,7 +52,7 @@ def below_null(path: KeyPath) -> bool:
         for section in (
             ("signal", "topk", "nucleus"),
             *(("signal", part) for part in ("sampled", "hidden", "layers", "attention")),
-            *(("students", 0, section) for section in ("features", "keep_best", "lora", "mix", "phases")),
+            *(("students", 0, section) for section in ("advance", "features", "keep_best", "lora", "mix", "phases")),
             ("generate",),
             ("evaluate", "answers"),
             ("evaluate", "lm_eval"),
