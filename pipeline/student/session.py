@@ -52,7 +52,7 @@ from stillroom.pipeline.student.teaching import TOPK, Teaching
 from stillroom.pipeline.student.trainer import StepResult, Trainer
 from stillroom.pipeline.student.waiting import WaitEnded, Waiting
 from stillroom.pipeline.student.watch import Watch
-from stillroom.storage.errors import NonFiniteLoss, StudentError
+from stillroom.storage.errors import NonFiniteLoss, RecipeError, StudentError
 from stillroom.storage.manifest import Manifest
 from stillroom.storage.records import Pack, SignalSpec
 from stillroom.storage.snapshot import Snapshot
@@ -521,19 +521,19 @@ def has_output(spec: SignalSpec) -> bool:
 
 
 def choose_device(choice: str, place: Place = Place()) -> torch.device:  # noqa: B008 - frozen
-    """auto: the first GPU, or the CPU; of several processes on a machine, to each a GPU of its own. Raises StudentError
+    """auto: the first GPU, or the CPU; of several processes on a machine, to each a GPU of its own. Raises RecipeError
     if the device asked for is not there."""
     if choice == "auto":
         choice = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(choice)
     if place.world > 1 and choice != "cpu":
         if choice != "cuda":
-            raise StudentError(
+            raise RecipeError(
                 f"device is {choice}, and there are {place.world} processes, which take GPUs by their number, or the "
                 "CPU: set device to auto, cuda or cpu, or train.processes to 1"
             )
         if place.locals > torch.cuda.device_count():
-            raise StudentError(
+            raise RecipeError(
                 f"{place.locals} processes of the training on this machine, {torch.cuda.device_count()} GPUs: each "
                 "needs its own; set train.processes to the number of GPUs, or device to cpu"
             )
@@ -544,7 +544,7 @@ def choose_device(choice: str, place: Place = Place()) -> torch.device:  # noqa:
         "mps": torch.backends.mps.is_available(),
     }
     if not there[device.type]:
-        raise StudentError(
+        raise RecipeError(
             f"device {choice} is not there (GPUs: {torch.cuda.device_count()}); set device to auto or cpu"
         )
     return device

@@ -17,7 +17,7 @@ from stillroom.pipeline.student.distributed import ALONE, PackName, in_order, re
 from stillroom.pipeline.student.evaluate import Metrics, evaluate
 from stillroom.pipeline.student.places import Place
 from stillroom.pipeline.student.session import choose_device
-from stillroom.storage.errors import StudentError
+from stillroom.storage.errors import RecipeError, StudentError
 from stillroom.storage.manifest import Manifest
 from stillroom.storage.snapshot import Snapshot
 from stillroom.storage.stream import Stream
@@ -78,10 +78,10 @@ def test_more_processes_than_packs_are_refused(world: World, tmp_path: Path) -> 
 def test_each_process_has_a_device_of_its_own() -> None:
     several = Place(rank=1, world=2, local=1, locals=2)
     assert choose_device("cpu", several) == torch.device("cpu")
-    with pytest.raises(StudentError, match="device is cuda:0, and there are 2 processes"):
+    with pytest.raises(RecipeError, match="device is cuda:0, and there are 2 processes"):
         choose_device("cuda:0", several)
     if torch.cuda.device_count() < 2:
-        with pytest.raises(StudentError, match=r"2 processes of the training on this machine, [01] GPUs"):
+        with pytest.raises(RecipeError, match=r"2 processes of the training on this machine, [01] GPUs"):
             choose_device("cuda", several)
 
 

@@ -239,7 +239,7 @@ def test_decay_spares_norms_biases_and_embeddings(tmp_path: Path) -> None:
     ("fields", "error", "says"),
     [
         ({"window": 64}, RecipeError, "set it to at most 48"),
-        ({"device": "cuda:7"}, StudentError, "cuda:7 is not there"),
+        ({"device": "cuda:7"}, RecipeError, "cuda:7 is not there"),
         ({"model": {"cut": {"layers": 9}}}, StudentError, "the teacher has 4"),
     ],
 )
