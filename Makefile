@@ -85,8 +85,10 @@ test-fast: $(VENV)/.dev
 test-real: $(VENV)/.dev
 	$(PYTEST) -m "not slow and real" -n 2 --dist loadfile --no-loadscope-reorder
 
+# What compares speeds runs alone; the rest, as above.
 test-slow: $(VENV)/.dev
-	$(PYTEST) -m slow
+	$(PYTEST) -m slow tests/bench
+	$(PYTEST) -m slow --ignore tests/bench -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check $(SOURCES)
