@@ -1,0 +1,291 @@
+"""A dry run after one changed field names what the field invalidates, for every field of a recipe.
+
+The base is a real chain that is done: two stages, the second taught by the first one's student. A table says for each
+field what of the first stage its change touches; what that means for the second follows (a student that is trained
+anew is another teacher).
+"""
+
+import json
+from typing import Any
+
+import pytest
+import yaml
+
+from stillroom.pipeline.recipe import load_chain
+from stillroom.pipeline.recipe.document import dotted
+from stillroom.pipeline.recipe.fields import fields_of, models_in
+from stillroom.pipeline.recipe.schema import Recipe
+from stillroom.pipeline.stages.dry_run import parts_of
+from tests.e2e.runs import Setup, sentences
+from tests.tiny import tiny_teacher
+
+pytestmark = [pytest.mark.real, pytest.mark.slow]
+
+PARTS = ("corpus", "teach", "train", "evaluate")
+NOTHING: frozenset[str] = frozenset()
+READ = frozenset({"corpus"})  # read again, and the same sequences come of it
+SPLIT = frozenset({"corpus", "train", "evaluate"})  # the same sequences: no teacher
+ALL = frozenset(PARTS)
+TEACH = frozenset({"teach", "train", "evaluate"})
+TRAIN = frozenset({"train", "evaluate"})
+EVALUATE = frozenset({"evaluate"})
+
+S = "stages.0.students.0"
+PHASE = [{"steps": 3}, {"steps": 3}]
+
+#: What is not one `field=value`: further words that the field cannot be without.
+WITH = {
+    "run_dir": ["run_dir=FOLDER/other"],
+    "teacher.model": ["teacher.model=FOLDER/other-teacher"],
+    "teacher.split": ["teacher.split=tensors", "teacher.ranks=2"],
+    "teacher.ranks": ["teacher.split=tensors", "teacher.ranks=2"],
+    "corpus.sources.0.path": ["corpus.sources.0.path=FOLDER/other.jsonl"],
+    "store.path": ["store.path=FOLDER/store"],
+    "students.0.model.from": [f"{S}.model={{from: FOLDER/other-teacher}}"],
+    "students.0.epochs": [f"{S}.steps=null", f"{S}.epochs=1"],
+    "students.0.lora.alpha": [f"{S}.lora.alpha=4"],
+    "evaluate.lm_eval.include_path": ["evaluate.lm_eval={tasks: [x], include_path: FOLDER}"],
+    "evaluate.lm_eval.limit": ["evaluate.lm_eval={tasks: [x], limit: 3}"],
+}
+
+#: By field: another value, and what of a stage that touches.
+TABLE: dict[str, tuple[Any, frozenset[str]]] = {
+    "name": ("other", NOTHING),
+    "run_dir": (None, ALL),
+    "teacher.model": (None, TEACH),
+    "teacher.dtype": ("bfloat16", TEACH),
+    "teacher.quantisation": ("int8", TEACH),
+    "teacher.device": ("auto", NOTHING),
+    "teacher.attention": ("eager", NOTHING),
+    "teacher.batch_tokens": (128, NOTHING),
+    "teacher.slice_positions": (8, NOTHING),
+    "teacher.threads": (1, NOTHING),
+    "teacher.trust_remote_code": (True, NOTHING),
+    "teacher.compile": (True, NOTHING),
+    "teacher.split": (None, NOTHING),
+    "teacher.ranks": (None, NOTHING),
+    "corpus.sources.0.path": (None, ALL),
+    "corpus.sources.0.name": ("named", READ),
+    "corpus.sources.0.weight": (2.0, SPLIT),
+    "corpus.sources.0.form": ("text", READ),
+    "corpus.sources.0.text_field": ("body", ALL),
+    "corpus.sources.0.prompt_field": ("question", READ),
+    "corpus.sources.0.response_field": ("answer", READ),
+    "corpus.sources.0.messages_field": ("turns", READ),
+    "corpus.sources.0.txt_documents": ("line", READ),
+    "corpus.sources.0.splits": (["train"], READ),
+    "corpus.window": (24, ALL),
+    "corpus.overlap": (2, ALL),
+    "corpus.train_on": ("all", READ),
+    "corpus.pairs_as": ("plain", READ),
+    "corpus.chat_template_options": ({"date": "x"}, READ),
+    "corpus.append_eos": (False, ALL),
+    "corpus.heldout": (0.3, SPLIT),
+    "corpus.split_seed": (9, SPLIT),
+    "corpus.limit_documents": (20, SPLIT),
+    "corpus.limit_tokens": (1500, SPLIT),
+    "corpus.max_document_mib": (8, READ),
+    "corpus.strict": (True, READ),
+    "signal.topk.k": (4, TEACH),
+    "signal.topk.gap_step": ("1/4", TEACH),
+    "signal.topk.nucleus.mass": (0.5, TEACH),
+    "signal.topk.nucleus.temperature": (2, TEACH),
+    "signal.topk.layout": ("packed", TEACH),
+    "signal.sampled.draws": (4, TEACH),
+    "signal.hidden.dtype": ("bfloat16", TEACH),
+    "signal.layers.layers": ([1], TEACH),
+    "signal.layers.every": (2, TEACH),
+    "signal.layers.dtype": ("float32", TEACH),
+    "signal.attention.layers": ([0], TEACH),
+    "signal.attention.every": (2, TEACH),
+    "signal.attention.heads": ("per_head", TEACH),
+    "signal.attention.max_tokens": (64, TEACH),
+    "signal.attention.dtype": ("float32", TEACH),
+    "signal.embeddings": (True, TEACH),
+    "fidelity.positions": (8, NOTHING),
+    "fidelity.max_gradient_angle_deg": (90, NOTHING),
+    "fidelity.max_kl_added": (1.0, NOTHING),
+    "store.path": (None, TEACH),
+    "store.unit_tokens": (512, NOTHING),
+    "store.min_free_bytes": (1, NOTHING),
+    "store.safety": (2.0, NOTHING),
+    "ray.address": ("auto", NOTHING),
+    "ray.actors": (3, NOTHING),
+    "ray.cpus_per_actor": (2, NOTHING),
+    "ray.gpus_per_actor": (0.5, NOTHING),
+    "ray.resources": ({"big": 1}, NOTHING),
+    "ray.placement": ("spread", NOTHING),
+    "ray.inflight_per_actor": (2, NOTHING),
+    "ray.retries": (1, NOTHING),
+    "ray.ship": (False, NOTHING),
+    "ray.dashboard": (True, NOTHING),
+    "students.0.name": ("other", TRAIN),
+    "students.0.model.from": (None, TRAIN),
+    "students.0.model.cut.layers": (1, TRAIN),
+    "students.0.seed": (5, TRAIN),
+    "students.0.steps": (7, TRAIN),
+    "students.0.epochs": (None, TRAIN),
+    "students.0.batch_packs": (4, TRAIN),
+    "students.0.micro_packs": (2, TRAIN),
+    "students.0.window": (24, TRAIN),
+    "students.0.packing": (False, TRAIN),
+    "students.0.losses.alpha": (0.6, TRAIN),
+    "students.0.losses.signal": ("topk", TRAIN),
+    "students.0.losses.temperature": (1.5, TRAIN),
+    "students.0.losses.output.forward_kl": (0.5, TRAIN),
+    "students.0.losses.output.reverse_kl": (0.5, TRAIN),
+    "students.0.losses.output.js.weight": (0.5, TRAIN),
+    "students.0.losses.output.js.mixing": (0.3, TRAIN),
+    "students.0.losses.output.tv": (0.5, TRAIN),
+    "students.0.losses.output.mse": (0.5, TRAIN),
+    "students.0.losses.output.cosine": (0.5, TRAIN),
+    "students.0.losses.label_smoothing": (0.1, TRAIN),
+    "students.0.losses.fused": (False, TRAIN),
+    "students.0.features.hidden.weight": (0.2, TRAIN),
+    "students.0.features.attention.weight": (0.2, TRAIN),
+    "students.0.features.embeddings.weight": (0.2, TRAIN),
+    "students.0.features.relations.weight": (0.2, TRAIN),
+    "students.0.phases.steps": ([{"steps": 6}], TRAIN),
+    "students.0.phases.temperature": ([{"steps": 6, "temperature": 2}], TRAIN),
+    "students.0.phases.corpus": ([{"steps": 6, "corpus": "CORPUS", "losses": {"alpha": 0}}], TRAIN),
+    "students.0.phases.lr": ([{"steps": 6, "lr": 1e-4}], TRAIN),
+    "students.0.mix.by": ("sampling", TRAIN),
+    "students.0.mix.shares": ({"corpus": 1.0}, TRAIN),
+    "students.0.lr": (2e-3, TRAIN),
+    "students.0.warmup_steps": (1, TRAIN),
+    "students.0.schedule": ("linear", TRAIN),
+    "students.0.min_lr_ratio": (0.2, TRAIN),
+    "students.0.weight_decay": (0.1, TRAIN),
+    "students.0.betas": ([0.9, 0.99], TRAIN),
+    "students.0.grad_clip": (2.0, TRAIN),
+    "students.0.precision": ("bfloat16", TRAIN),
+    "students.0.lora.rank": (2, TRAIN),
+    "students.0.lora.alpha": (None, TRAIN),
+    "students.0.lora.dropout": (0.1, TRAIN),
+    "students.0.lora.targets": (["q_proj"], TRAIN),
+    "students.0.compile": (True, NOTHING),
+    "students.0.gradient_checkpointing": (True, TRAIN),
+    "students.0.checkpoint_every": (3, NOTHING),
+    "students.0.keep_last": (3, NOTHING),
+    "students.0.keep_best.metric": ("kl", TRAIN),
+    "students.0.advance.plateau.metric": ("perplexity", TRAIN),
+    "students.0.advance.plateau.patience": (2, TRAIN),
+    "students.0.advance.plateau.min_improvement": (0.1, TRAIN),
+    "students.0.advance.gap": (0.1, TRAIN),
+    "students.0.log_every": (2, NOTHING),
+    "students.0.eval_every": (3, NOTHING),
+    "students.0.eval_packs": (1, NOTHING),
+    "students.0.on_nan": ("skip", TRAIN),
+    "students.0.export_dtype": ("bfloat16", NOTHING),
+    "students.0.device": ("auto", NOTHING),
+    "train.read_through": (True, NOTHING),
+    "train.patience_s": (5, NOTHING),
+    "train.processes": (2, NOTHING),
+    "train.side_by_side": (2, NOTHING),
+    "train.rank_timeout_s": (60, NOTHING),
+    "evaluate.teacher": (False, NOTHING),
+    "evaluate.latency_tokens": (3, EVALUATE),
+    "evaluate.lm_eval.tasks": (["x"], EVALUATE),
+    "evaluate.lm_eval.include_path": (None, EVALUATE),
+    "evaluate.lm_eval.limit": (None, EVALUATE),
+}  # fmt: skip
+
+#: Sections whose fields are one part of another value: that of the whole section says it.
+WHOLE = ("students.0.phases.losses.", "students.0.phases.features.", "students.0.features.")
+#: Tested with generations, below.
+GENERATING = ("generate.", "evaluate.answers.")
+
+
+def fields() -> list[str]:
+    return [dotted(path) for path, info in fields_of(Recipe) if not any(models_in(info.annotation))]
+
+
+def test_no_field_is_forgotten() -> None:
+    skipped = (*WHOLE, *GENERATING)
+    assert [f for f in fields() if f not in TABLE and not f.startswith(skipped)] == []
+    assert [f for f in TABLE if f not in fields()] == []
+
+
+@pytest.fixture(scope="module", name="done")
+def _done(tmp_path_factory: pytest.TempPathFactory) -> Setup:
+    """A chain that is done."""
+    folder = tmp_path_factory.mktemp("chain")
+    setup = Setup.make(folder, [], teacher={"layers": 3}, evaluate={"teacher": True, "latency_tokens": 2})
+    lines = [{"text": text, "body": text[::-1]} for text in sentences(3, 30)]
+    (folder / "corpus.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "other.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in sentences(4, 30)))
+    tiny_teacher(folder / "other-teacher", layers=3, seed=7)
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    student = recipe.pop("students")[0]
+    del recipe["store"]["path"]
+    recipe["ray"] = {"actors": 1}
+    recipe["student_defaults"] = {k: v for k, v in student.items() if k not in ("name", "model")} | {"steps": 6}
+    recipe["stages"] = [
+        {"name": "one", "students": [{"name": "a", "model": {"cut": {"layers": 2}}}]},
+        {"name": "two", "teacher": {"stage": "one"}, "students": [{"name": "b", "model": {"cut": {"layers": 1}}}]},
+    ]
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    setup.run()
+    return setup
+
+
+def invalid(setup: Setup, *overrides: str) -> dict[str, set[str]]:
+    """By stage, the parts that are not done."""
+    chain = load_chain(setup.folder / "recipe.yaml", overrides, files=False)
+    found: dict[str, set[str]] = {stage.name: set() for stage in chain.stages}
+    for part in parts_of(chain):
+        if part.state != "done":
+            assert part.why, part
+            found[part.stage].add(part.part)
+    return found
+
+
+def words(setup: Setup, field: str) -> list[str]:
+    """The field's other value, as the command line has it."""
+    if field in WITH:
+        return [word.replace("FOLDER", str(setup.folder)) for word in WITH[field]]
+    value = json.dumps(TABLE[field][0]).replace(
+        "CORPUS", str(setup.folder / "run" / "stages" / "one" / "corpus.parquet")
+    )
+    if field.startswith("students.0.phases."):
+        return [f"{S}.steps=null", f"{S}.phases={value}"]
+    if field.startswith("students.0."):
+        field = field.replace("students.0", S, 1)
+    more = []
+    if ".keep_best" in field or ".advance" in field:
+        more = [f"{S}.eval_every=2"]
+    if field.endswith("mix.by"):
+        more = [f"{S}.mix.shares={{corpus: 1.0}}"]
+    if field.endswith("mix.shares"):
+        more = [f"{S}.mix.by=weight"]
+    if field.endswith("nucleus.temperature"):
+        more = ["signal.topk.nucleus.mass=0.5"]
+    if field.endswith("js.mixing"):
+        more = [f"{S}.losses.output.js.weight=1"]
+    if field in (
+        "signal.layers.dtype",
+        "signal.attention.heads",
+        "signal.attention.max_tokens",
+        "signal.attention.dtype",
+    ):
+        more = [f"{field.rpartition('.')[0]}.layers=[1]"]
+    return [*more, f"{field}={value}"]
+
+
+def test_a_chain_that_is_done_has_nothing_to_do(done: Setup) -> None:
+    assert invalid(done) == {"one": set(), "two": set()}
+    said = done.run("run", "--json")
+    assert "teach: all" in said
+    assert said.count("is trained already") == 2
+    assert "starting" not in said
+    assert "measuring" not in said
+
+
+@pytest.mark.parametrize("field", TABLE)
+def test_a_changed_field_names_what_it_invalidates(done: Setup, field: str) -> None:
+    touched = TABLE[field][1]
+    later = touched | {"teach", "train", "evaluate"} if "train" in touched else touched
+    if field.startswith("students."):  # of the first stage's student alone
+        later = later if touched else NOTHING
+    found = invalid(done, *words(done, field))
+    assert found == {"one": set(touched), "two": set(later)}
