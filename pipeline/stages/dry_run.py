@@ -54,12 +54,14 @@ def dry_run(chain: Chain) -> dict[str, Any]:
     return {"recipe": chain.name, "parts": [part.as_dict() for part in parts_of(chain)]}
 
 
-def parts_of(chain: Chain) -> list[Part]:
-    """All parts of all stages, in the order in which they run."""
+def parts_of(chain: Chain, *, only: str | None = None) -> list[Part]:
+    """All parts of all stages, in the order in which they run. only: of this stage, whose teacher is there."""
     found: list[Part] = []
     for stage in chain.stages:
-        root = Sources(chain.root(stage).recipe, Console(quiet=True))
-        found += _Stage(stage, _untrained(stage, found), root).parts()
+        if only in (None, stage.name):
+            root = Sources(chain.root(stage).recipe, Console(quiet=True))
+            untrained = _untrained(stage, found) if only is None else None
+            found += _Stage(stage, untrained, root).parts()
     return found
 
 

@@ -31,14 +31,15 @@ def run_whole(chain: Chain, *, console: Console, redo: bool = False) -> dict[str
             aside = put_aside(parts, console)
         else:
             refuse(parts, f"recipe {chain.name}")
-    result = run_recipe(chain.plain, console=console) if chain.plain else _run_stages(chain, console)
+    result = run_recipe(chain.plain, console=console) if chain.plain else _run_stages(chain, console, aside, redo=redo)
     return result | ({"put_aside": aside} if redo else {})
 
 
-def _run_stages(chain: Chain, console: Console) -> dict[str, Any]:
+def _run_stages(chain: Chain, console: Console, aside: list[dict[str, str]], *, redo: bool) -> dict[str, Any]:
     """Run what is not done yet; returns the summary that it writes.
 
-    What a stage raises ends the run; the same call goes on from there.
+    What a stage raises ends the run; the same call goes on from there. Whether a stage's store is of the student that
+    teaches it is known when that one is trained, and looked at then.
     """
     listed = [{"name": stage.name, "run_dir": str(stage.recipe.run_dir)} for stage in chain.stages]
     told = json.dumps({"recipe": chain.name, "stages": listed}, indent=2) + "\n"
@@ -48,6 +49,12 @@ def _run_stages(chain: Chain, console: Console) -> dict[str, Any]:
         recipe = stage.recipe
         whose = f", taught by {'/'.join(stage.taught_by)}" if stage.taught_by else ""
         console.info(f"stage {number} of {len(chain.stages)}: {stage.name}{whose}")
+        if stage.taught_by:
+            parts = parts_of(chain, only=stage.name)
+            if redo:
+                aside += put_aside(parts, console)
+            else:
+                refuse(parts, f"recipe {chain.name}")
         with only_one(recipe.run_dir, locks_of("run", read_through=recipe.train.read_through)):
             stages.append({"stage": stage.name, **run_recipe(recipe, console=console)})
     summary = {"recipe": chain.name, "run_dir": str(chain.run_dir), "stages": stages}

@@ -16,7 +16,7 @@ from stillroom.pipeline.recipe.document import dotted
 from stillroom.pipeline.recipe.fields import fields_of, models_in
 from stillroom.pipeline.recipe.schema import Recipe
 from stillroom.pipeline.stages.dry_run import parts_of
-from tests.e2e.runs import Setup, sentences
+from tests.e2e.runs import Setup, kill_group, sentences, wait_for
 from tests.tiny import tiny_teacher
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
@@ -218,6 +218,7 @@ def _done(tmp_path_factory: pytest.TempPathFactory) -> Setup:
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
     student = recipe.pop("students")[0]
     del recipe["store"]["path"]
+    recipe["corpus"]["sources"] = [{"path": str(folder / "corpus.jsonl")}]
     recipe["ray"] = {"actors": 1}
     recipe["student_defaults"] = {k: v for k, v in student.items() if k not in ("name", "model")} | {"steps": 6}
     recipe["stages"] = [
@@ -289,3 +290,26 @@ def test_a_changed_field_names_what_it_invalidates(done: Setup, field: str) -> N
         later = later if touched else NOTHING
     found = invalid(done, *words(done, field))
     assert found == {"one": set(touched), "two": set(later)}
+
+
+def test_what_other_settings_made_is_put_aside_and_a_killed_chain_goes_on(done: Setup) -> None:
+    """The last test here: it changes the chain."""
+    change, stages = "stages.0.students.0.lr=0.002", done.folder / "run" / "stages"
+    before = (stages / "one" / "students" / "a" / "result.json").read_bytes()
+    refused = done.run("run", change, code=2)
+    assert "train a of stage one was made by other settings: lr is not what it was trained with" in refused
+    assert "`--redo` puts it aside" in refused
+    process = done.start("run", change, "--redo")
+    log = stages / "two" / "students" / "b" / "log.jsonl"
+    aside = stages / "two" / "students" / "b.replaced-1"
+    wait_for(lambda: aside.exists() and log.exists() and '"step": 2' in log.read_text(), process, "the second stage")
+    kill_group(process)
+    assert (stages / "one" / "students" / "a.replaced-1" / "result.json").read_bytes() == before
+    assert (stages / "two" / "store.replaced-1").is_dir(), "its teacher is another one by now"
+    said = done.run("run", change, "--redo")
+    assert "put aside" not in said
+    assert said.count("is trained already") == 1
+    assert invalid(done, change) == {"one": set(), "two": set()}
+    summary = json.loads((done.folder / "run" / "summary.json").read_text())
+    assert [(row["student"], row["steps_with_teachers"]) for row in summary["students"]] == [("a", 6), ("b", 12)]
+    assert all(row["kl_to_first_teacher"] > 0 for row in summary["students"])
