@@ -233,3 +233,14 @@ def format_duration(seconds: float) -> str:
     if minutes < 24 * 60:
         return f"{minutes // 60} h {minutes % 60:02d} min"
     return f"{minutes // 1440} d {minutes // 60 % 24:02d} h"
+
+
+def format_number(value: float | None, digits: int) -> str:
+    """Nothing for what was not measured.
+
+    >>> format_number(12.345, 2), format_number(5.89e27, 2), format_number(None, 2)
+    ('12.35', '5.89e+27', '')
+    """
+    if value is None:
+        return ""
+    return f"{value:.2e}" if abs(value) >= 1e6 else f"{value:,.{digits}f}"

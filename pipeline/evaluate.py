@@ -18,6 +18,7 @@ from typing import Any
 
 from stillroom.pipeline.answers import Question, compared, questions, request
 from stillroom.pipeline.console import Console, format_bytes, format_count
+from stillroom.pipeline.console import format_number as number
 from stillroom.pipeline.harness import held_tasks, require_lm_eval, tasks_of
 from stillroom.pipeline.harness import shown as tasks_shown
 from stillroom.pipeline.quality.likeness import require_installed
@@ -189,8 +190,3 @@ def _show(models: list[dict[str, Any]], console: Console) -> None:
 
 
 _ANSWERS = (("bleu", 1), ("rouge_l", 3))
-
-
-def number(value: float | None, digits: int) -> str:
-    """Nothing for what was not measured."""
-    return "" if value is None else f"{value:,.{digits}f}"

@@ -8,6 +8,7 @@ repeated and nothing runs. Costs: reading one small column.
 from typing import Any
 
 from stillroom.pipeline.console import Console
+from stillroom.pipeline.console import format_number as number
 from stillroom.pipeline.corpus.verdicts import KEPT, read_verdicts
 from stillroom.pipeline.generate import Generated
 from stillroom.pipeline.ledger import Ledger
@@ -65,10 +66,15 @@ def _student(student: dict[str, Any], teacher: dict[str, Any], answers: dict[str
         rows.append(
             [
                 f"{name}: perplexity on {said}",
-                "" if before is None or after is None else f"{before:,.2f} → {after:,.2f}",
-                "" if there is None else f"teacher {there:,.2f}",
+                "" if before is None or after is None else f"{number(before, 2)} → {number(after, 2)}",
+                "" if there is None else f"teacher {number(there, 2)}",
             ]
         )
+    mix = student.get("mix")
+    if mix and sum(mix["trained"].values()):
+        total = sum(mix["trained"].values())
+        shares = ", ".join(f"{source} {count / total:.0%}" for source, count in mix["trained"].items())
+        rows.append([f"{name}: learned from", shares, f"of {total:,} positions, mixed by {mix['by']}"])
     if answers:
         asked = f"{answers['prompts']:,} prompts, {answers['ended']:.0%} of the answers ended"
         rows.append([f"{name}: BLEU of its answers", f"{answers['bleu']:.1f}", asked])

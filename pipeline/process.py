@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from stillroom.storage.errors import StillroomError
+from stillroom.storage.errors import RecipeError, StillroomError
 
 
 @contextmanager
@@ -62,7 +62,10 @@ def only_one(run_dir: Path, locks: Sequence[str] = (TEACHING, TRAINING)) -> Iter
 
     Raises StillroomError if another command holds it: two would score the same units twice, and train the same student.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecipeError(f"run_dir: {run_dir} cannot be made ({error.strerror}): name another folder") from error
     with ExitStack() as held:
         for name in locks:
             file = held.enter_context((run_dir / name).open("w"))

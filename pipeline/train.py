@@ -10,6 +10,7 @@ from typing import Any
 
 from stillroom.pipeline.account import enter_use
 from stillroom.pipeline.console import Console
+from stillroom.pipeline.console import format_number as number
 from stillroom.pipeline.pinning import pinned
 from stillroom.pipeline.recipe.schema import Recipe
 from stillroom.pipeline.sources import Sources
@@ -175,7 +176,7 @@ def show_students(results: list[dict[str, Any]], console: Console) -> None:
 
     def change(line: dict[str, Any], key: str, digits: int) -> str:
         before, after = line[f"{key}_before"], line[f"{key}_after"]
-        return "" if before is None or after is None else f"{before:,.{digits}f} → {after:,.{digits}f}"
+        return "" if before is None or after is None else f"{number(before, digits)} → {number(after, digits)}"
 
     lines = [student_line(result) for result in results]
     console.table(

@@ -51,7 +51,10 @@ class Part:
 
 def dry_run(chain: Chain) -> dict[str, Any]:
     """`stillroom run --dry-run`."""
-    return {"recipe": chain.name, "parts": [part.as_dict() for part in parts_of(chain)]}
+    parts = parts_of(chain)
+    stale = any(part.state == "stale" for part in parts)
+    remedy = {"remedy": "a run refuses what is stale; `--redo` puts it aside and makes it anew"} if stale else {}
+    return {"recipe": chain.name, "parts": [part.as_dict() for part in parts], **remedy}
 
 
 def parts_of(chain: Chain, *, only: str | None = None) -> list[Part]:

@@ -67,7 +67,7 @@ def require_same(stored: Bindings, asked: Bindings, where: object) -> None:
     if differing:
         raise StudentError(
             f"{where} belongs to another run ({'; '.join(differing)}). Restore what it was trained with, or give this "
-            "student a name of its own (or remove its run folder)."
+            "student a name of its own, or put this one aside: `stillroom run --redo`."
         )
 
 
