@@ -11,12 +11,17 @@ from typing import Any
 import pytest
 import yaml
 
+from stillroom.pipeline.console import Console
+from stillroom.pipeline.generate import _plan, generation_identity, judge, prompts_of, prompts_path
 from stillroom.pipeline.recipe import load_chain
 from stillroom.pipeline.recipe.document import dotted
 from stillroom.pipeline.recipe.fields import fields_of, models_in
 from stillroom.pipeline.recipe.schema import Recipe
+from stillroom.pipeline.sources import Sources
 from stillroom.pipeline.stages.dry_run import parts_of
+from stillroom.storage.generations.store import create_generations
 from tests.e2e.runs import Setup, kill_group, sentences, wait_for
+from tests.storage.generations.builders import put
 from tests.tiny import tiny_teacher
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
@@ -192,8 +197,64 @@ TABLE: dict[str, tuple[Any, frozenset[str]]] = {
 
 #: Sections whose fields are one part of another value: that of the whole section says it.
 WHOLE = ("students.0.phases.losses.", "students.0.phases.features.", "students.0.features.")
-#: Tested with generations, below.
+#: Of the responses: GENERATED below has them. What students answer: `test_seqkd`, whose recipe is run whole.
 GENERATING = ("generate.", "evaluate.answers.")
+
+WRITTEN = frozenset({"generate", "corpus"})  # other responses, or other ones of them are kept
+
+#: By field of `generate`: another value, and what of generating and corpus that touches.
+GENERATED: dict[str, tuple[Any, frozenset[str]]] = {
+    "prompts.0.path": ("OTHER", WRITTEN),
+    "prompts.0.name": ("named", NOTHING),
+    "prompts.0.weight": (2.0, NOTHING),
+    "prompts.0.form": ("pairs", NOTHING),
+    "prompts.0.text_field": ("words", NOTHING),
+    "prompts.0.prompt_field": ("question", WRITTEN),
+    "prompts.0.response_field": ("answer", NOTHING),
+    "prompts.0.messages_field": ("turns", NOTHING),
+    "prompts.0.txt_documents": ("line", NOTHING),
+    "prompts.0.splits": (["train"], NOTHING),
+    "prompts.0.reference_field": ("right", NOTHING),
+    "prompts.0.continue_tokens": ([1, 2], WRITTEN),
+    "prompts.0.continuations": (2, WRITTEN),
+    "system": ("be brief", WRITTEN),
+    "prompts_as": ("plain", WRITTEN),
+    "limit_prompts": (1, WRITTEN),
+    "strict": (True, NOTHING),
+    "path": ("FOLDER/others", WRITTEN),
+    "unit_tokens": (64, NOTHING),
+    "decoding.method": ("greedy", WRITTEN),
+    "decoding.n": (3, WRITTEN),
+    "decoding.max_tokens": (9, WRITTEN),
+    "decoding.min_tokens": (1, WRITTEN),
+    "decoding.temperature": (0.5, WRITTEN),
+    "decoding.top_p": (0.5, WRITTEN),
+    "decoding.top_k": (5, WRITTEN),
+    "decoding.beams": (3, WRITTEN),
+    "decoding.length_penalty": (0.5, WRITTEN),
+    "decoding.stop": (["mint"], WRITTEN),
+    "decoding.seed": (5, WRITTEN),
+    "engine.dtype": ("bfloat16", WRITTEN),
+    "engine.quantization": ("fp8", WRITTEN),
+    "engine.tensor_parallel_size": (2, NOTHING),
+    "engine.max_model_len": (128, NOTHING),
+    "engine.gpu_memory_utilization": (0.5, NOTHING),
+    "engine.cpu_kv_cache_gib": (2, NOTHING),
+    "engine.max_num_seqs": (4, NOTHING),
+    "engine.enforce_eager": (True, NOTHING),
+    "quality.min_tokens": (2, WRITTEN),
+    "quality.max_tokens": (5, WRITTEN),
+    "quality.truncated": ("keep", WRITTEN),
+    "quality.ngram": (2, WRITTEN),
+    "quality.max_repetition": (0.1, WRITTEN),
+    "quality.duplicates": ("keep", WRITTEN),
+    "quality.min_mean_logprob": (-0.1, WRITTEN),
+    "quality.reference": ("exact", WRITTEN),
+    "quality.function": ("FOLDER/judge.py:good", WRITTEN),
+    "quality.min_score": (0.5, WRITTEN),
+    "quality.keep": ("best", WRITTEN),
+    "quality.best_by": ("total_logprob", WRITTEN),
+}  # fmt: skip
 
 
 def fields() -> list[str]:
@@ -204,6 +265,7 @@ def test_no_field_is_forgotten() -> None:
     skipped = (*WHOLE, *GENERATING)
     assert [f for f in fields() if f not in TABLE and not f.startswith(skipped)] == []
     assert [f for f in TABLE if f not in fields()] == []
+    assert [f"generate.{f}" for f in GENERATED] == [f for f in fields() if f.startswith("generate.")]
 
 
 @pytest.fixture(scope="module", name="done")
@@ -290,6 +352,54 @@ def test_a_changed_field_names_what_it_invalidates(done: Setup, field: str) -> N
         later = later if touched else NOTHING
     found = invalid(done, *words(done, field))
     assert found == {"one": set(touched), "two": set(later)}
+
+
+@pytest.fixture(scope="module", name="written")
+def _written(tmp_path_factory: pytest.TempPathFactory) -> Setup:
+    """A recipe whose responses are written, by hand and not by an engine, judged, and read into its corpus."""
+    folder = tmp_path_factory.mktemp("written")
+    prompts = [{"prompt": text, "question": text[::-1], "response": "rose"} for text in ("mint", "thyme", "anise")]
+    for name, chosen in (("prompts", prompts), ("other", [*prompts[:2], {"prompt": "glass"}])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in chosen))
+    (folder / "judge.py").write_text("def good(prompt, response, reference):\n    return len(response)\n")
+    generate = {"prompts": [{"path": str(folder / "prompts.jsonl")}], "decoding": {"n": 2, "max_tokens": 8, "seed": 1}}
+    sources = ["generations", str(folder / "corpus.jsonl")]
+    setup = Setup.make(folder, sentences(3, 30), generate=generate, corpus__sources=sources)
+    recipe = setup.recipe()
+    made, config = Sources(recipe, Console(quiet=True)), recipe.generate
+    assert config is not None
+    manifest = prompts_of(recipe, config, made, prompts_path(recipe))
+    store = create_generations(config.path, generation_identity(recipe, config, made))
+    for unit in _plan(config, manifest, store, save=True).pending:
+        ids = {row.sequence.digest: row.sequence.input_ids.tolist() for row in manifest}
+        assert put(store, [ids[digest] for digest in unit.sequences])
+    judge(recipe, config, manifest, store, None)
+    made.manifest()
+    return setup
+
+
+@pytest.mark.parametrize("field", GENERATED)
+def test_a_changed_field_of_generating_names_what_it_invalidates(written: Setup, field: str) -> None:
+    (value, touched), folder = GENERATED[field], str(written.folder)
+    said = json.dumps(value).replace("OTHER", f"{folder}/other.jsonl").replace("FOLDER", folder)
+    texts = ["generate.prompts.0.form=text", "generate.prompts.0.text_field=question"]
+    more = {
+        "prompts.0.continue_tokens": texts,
+        "prompts.0.continuations": [*texts, "generate.prompts.0.continue_tokens=[1, 2]"],
+        "decoding.method": ["generate.decoding.n=1"],
+        "engine.tensor_parallel_size": ["ray.gpus_per_actor=2"],
+        "decoding.beams": ["generate.decoding.method=beam"],
+        "decoding.length_penalty": ["generate.decoding.method=beam"],
+        "quality.min_score": [f"generate.quality.function={folder}/judge.py:good"],
+        "quality.best_by": ["generate.quality.keep=best"],
+    }.get(field, [])
+    (found,) = invalid(written, *more, f"generate.{field}={said}").values()
+    assert found - {"teach", "train", "evaluate"} == touched
+
+
+def test_responses_that_are_there_are_not_written_again(written: Setup) -> None:
+    (found,) = invalid(written).values()
+    assert found == {"teach", "train", "evaluate"}
 
 
 def test_what_other_settings_made_is_put_aside_and_a_killed_chain_goes_on(done: Setup) -> None:

@@ -33,9 +33,10 @@ SMALLER = (
 )  # fmt: skip
 
 
-def run(folder: Path) -> tuple[dict[str, Any], str]:
+def run(folder: Path, *more: str) -> tuple[dict[str, Any], str]:
     """What --json prints, and what is shown for people."""
     words = ["run", str(RECIPE), f"run_dir={folder / 'run'}", f"teacher.model={folder / 'teacher'}", *SMALLER, "--json"]
+    words += more
     done = subprocess.run(
         [sys.executable, "-m", "stillroom.pipeline", *words], capture_output=True, text=True, check=False,
         env=os.environ | {"STILLROOM_CACHE": str(folder / "cache")},
@@ -104,3 +105,10 @@ def test_the_recipe_ends_with_its_table(tmp_path: Path) -> None:
     assert "is trained already" in printed
     assert "measuring" not in printed
     assert printed.count("no teacher is needed") >= 1
+
+    # What a changed field of `evaluate.answers` touches.
+    for change in ("evaluate.answers.max_tokens=9", "evaluate.answers.prompts=2"):
+        parts, _ = run(tmp_path, "--dry-run", change)
+        assert {part["part"]: part["state"] for part in parts["parts"]} == {
+            "generate": "done", "corpus": "done", "teach": "done", "train": "done", "evaluate": "runs",
+        }  # fmt: skip
