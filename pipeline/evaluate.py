@@ -10,8 +10,6 @@ student answers held-out prompts there as well, and BLEU and ROUGE-L are counted
 """
 
 import json
-import subprocess
-import sys
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from stillroom.pipeline.console import Console, format_bytes, format_count
 from stillroom.pipeline.console import format_number as number
 from stillroom.pipeline.harness import held_tasks, require_lm_eval, tasks_of
 from stillroom.pipeline.harness import shown as tasks_shown
+from stillroom.pipeline.measured import held, keep, run_module, weights_of
 from stillroom.pipeline.quality.likeness import require_installed
 from stillroom.pipeline.recipe.schema import Recipe
 from stillroom.pipeline.student.bindings import EXPORT, RESULT
@@ -103,24 +102,18 @@ def _measure(recipe: Recipe, folder: Path, name: str, console: Console, asked: S
     """Measurements of one model folder, from `measured/<name>.json` if they are of these weights, this text and these
     prompts."""
     manifest = Manifest.open(manifest_path(recipe))
-    wanted, path = _wanted(recipe, folder, name, manifest, asked), recipe.run_dir / "measured" / f"{name}.json"
-    held = _measured(path, wanted)
-    if held is not None:
-        return held
-    console.info(f"evaluate: measuring {name}")
-    trusted = recipe.teacher.trust_remote_code
-    told = json.dumps(
-        {**wanted, "manifest_path": str(manifest.path), "device": recipe.teacher.device, "trust_remote_code": trusted}
-    )
-    done = subprocess.run(
-        [sys.executable, "-m", "stillroom.pipeline.measure"], input=told, capture_output=True, text=True, check=False
-    )
-    if done.returncode != 0:
-        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
-        raise StillroomError(f"measuring {name} in {folder} failed: {last[0]}")
-    measured = json.loads(done.stdout)
-    LocalFiles(path.parent).write(path.name, json.dumps({"of": wanted, "measured": measured}).encode())
-    return dict(measured)
+    wanted = _wanted(recipe, folder, name, manifest, asked)
+    found = held(recipe.run_dir, name, wanted)
+    if found is None:
+        console.info(f"evaluate: measuring {name}")
+        told = {
+            "manifest_path": str(manifest.path), "device": recipe.teacher.device,
+            "trust_remote_code": recipe.teacher.trust_remote_code,
+        }  # fmt: skip
+        printed = run_module("stillroom.pipeline.measure", wanted | told, f"measuring {name} in {folder}")
+        found = dict(json.loads(printed))
+        keep(recipe.run_dir, name, wanted, found)
+    return found
 
 
 def _wanted(recipe: Recipe, folder: Path, name: str, manifest: Manifest, asked: Seq[Question] = ()) -> dict[str, Any]:
@@ -128,20 +121,12 @@ def _wanted(recipe: Recipe, folder: Path, name: str, manifest: Manifest, asked: 
     answers = recipe.evaluate.answers
     return {
         "folder": str(folder),
-        "weights": {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(folder.glob("*.safetensors"))},
+        "weights": weights_of(folder),
         "manifest": manifest.digest,
         "latency_tokens": recipe.evaluate.latency_tokens,
         "dtype": recipe.teacher.dtype if name == "teacher" else "float32",
         **({"answers": request(asked, max_tokens=answers.max_tokens)} if asked and answers else {}),
     }
-
-
-def _measured(path: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
-    """What lies there, if it is of just that."""
-    if not path.exists():
-        return None
-    held = json.loads(path.read_text())
-    return dict(held["measured"]) if held["of"] == wanted else None
 
 
 def stale_measures(recipe: Recipe, manifest: Manifest) -> list[str]:
@@ -156,7 +141,7 @@ def stale_measures(recipe: Recipe, manifest: Manifest) -> list[str]:
         wanted = _wanted(recipe, folder, name, manifest, () if name == "teacher" else asked)
         tasks = recipe.evaluate.lm_eval
         lacks_tasks = tasks is not None and held_tasks(recipe, tasks, folder, name) is None
-        if lacks_tasks or _measured(recipe.run_dir / "measured" / f"{name}.json", wanted) is None:
+        if lacks_tasks or held(recipe.run_dir, name, wanted) is None:
             stale.append(name)
     return stale
 

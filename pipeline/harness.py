@@ -11,7 +11,6 @@ offline.
 """
 
 import json
-import subprocess
 import sys
 import tempfile
 from importlib.metadata import version
@@ -20,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from stillroom.pipeline.console import Console
+from stillroom.pipeline.measured import held, keep, run_module, stamps, weights_of
 from stillroom.pipeline.recipe.schema import LmEvalConfig, Recipe
 from stillroom.storage.errors import StillroomError
-from stillroom.storage.files import LocalFiles
 
 #: Of a task's metrics, the one that a table shows: the first that it has.
 SHOWN = ("acc_norm", "acc", "exact_match", "f1")
@@ -39,27 +38,24 @@ def require_lm_eval() -> None:
 def tasks_of(recipe: Recipe, asked: LmEvalConfig, folder: Path, name: str, console: Console) -> dict[str, Any]:
     """Metrics of one model folder by task. Raises StillroomError with the harness's last line if it fails."""
     require_lm_eval()
-    held = held_tasks(recipe, asked, folder, name)
-    if held is not None:
-        return held
-    wanted, path = request_of(recipe, asked, folder, name), _path(recipe, name)
-    console.info(f"evaluate: {name} on {', '.join(asked.tasks)}")
-    found = _run({**wanted, "device": recipe.teacher.device, "trust": recipe.teacher.trust_remote_code}, name)
-    LocalFiles(path.parent).write(path.name, json.dumps({"of": wanted, "measured": found}).encode())
+    found = held_tasks(recipe, asked, folder, name)
+    if found is None:
+        wanted = request_of(recipe, asked, folder, name)
+        console.info(f"evaluate: {name} on {', '.join(asked.tasks)}")
+        found = _run({**wanted, "device": recipe.teacher.device, "trust": recipe.teacher.trust_remote_code}, name)
+        keep(recipe.run_dir, _kept_as(name), wanted, found)
     return found
 
 
 def held_tasks(recipe: Recipe, asked: LmEvalConfig, folder: Path, name: str) -> dict[str, Any] | None:
     """What was measured before of these weights on these tasks; None if nothing was. Measures nothing."""
-    path = _path(recipe, name)
-    if find_spec("lm_eval") is None or not path.exists():
+    if find_spec("lm_eval") is None:
         return None
-    held = json.loads(path.read_text())
-    return dict(held["measured"]) if held["of"] == request_of(recipe, asked, folder, name) else None
+    return held(recipe.run_dir, _kept_as(name), request_of(recipe, asked, folder, name))
 
 
-def _path(recipe: Recipe, name: str) -> Path:
-    return recipe.run_dir / "measured" / f"{name}.lm_eval.json"
+def _kept_as(name: str) -> str:
+    return f"{name}.lm_eval"
 
 
 def request_of(recipe: Recipe, asked: LmEvalConfig, folder: Path, name: str) -> dict[str, Any]:
@@ -68,10 +64,10 @@ def request_of(recipe: Recipe, asked: LmEvalConfig, folder: Path, name: str) -> 
     files = sorted(p for p in include.rglob("*") if p.is_file()) if include else []
     return {
         "folder": str(folder.absolute()),
-        "weights": _stamps(sorted(folder.glob("*.safetensors"))),
+        "weights": weights_of(folder),
         "tasks": list(asked.tasks),
         "include_path": None if include is None else str(include.absolute()),
-        "include": _stamps(files),
+        "include": {str(path): stamps([path]) for path in files},
         "limit": asked.limit,
         "dtype": recipe.teacher.dtype if name == "teacher" else "float32",
         "version": version("lm_eval"),
@@ -106,20 +102,11 @@ def metrics_of(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]
     return found
 
 
-def _stamps(files: list[Path]) -> dict[str, list[int]]:
-    return {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
-
-
 def _run(request: dict[str, Any], name: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         answer = Path(scratch) / "answer.json"  # the harness prints on stdout
-        done = subprocess.run(
-            [sys.executable, "-m", "stillroom.pipeline.harness"], input=json.dumps({**request, "answer": str(answer)}),
-            capture_output=True, text=True, check=False, errors="replace",
-        )  # fmt: skip
-        if done.returncode != 0 or not answer.exists():
-            last = done.stderr.strip().splitlines()[-1:] or ["no message"]
-            raise StillroomError(f"evaluate.lm_eval: {name} in {request['folder']} failed: {last[0]}")
+        what = f"evaluate.lm_eval: {name} in {request['folder']}"
+        run_module("stillroom.pipeline.harness", {**request, "answer": str(answer)}, what)
         return dict(json.loads(answer.read_text()))
 
 

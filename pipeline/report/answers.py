@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stillroom.pipeline.console import Console
+from stillroom.pipeline.measured import weights_of
 from stillroom.pipeline.report.documents import Document, Window
 from stillroom.pipeline.report.teacher import TOP, TeacherRows
 from stillroom.storage.errors import StoreError
@@ -70,7 +71,7 @@ def _ask(
     request = request_of(windows)
     folder, kept = Path(student["export"]), Path(run["folder"]).absolute() / FOLDER / f"{student['name']}.npz"
     stated = kept.with_suffix(".json")
-    weights = {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(folder.glob("*.safetensors"))}
+    weights = weights_of(folder)
     text = digest128(b"stillroom.report.1", *(array.tobytes() for _, array in sorted(request.items())))
     of = {"weights": weights, "text": text, "top": TOP, "kl": has_kl}
     if not (kept.is_file() and stated.is_file() and _same(stated, of)):

@@ -8,23 +8,17 @@ can a chain be held beside direct distillation. Steps count the student's own, a
 """
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from stillroom.pipeline.console import Console, format_count
+from stillroom.pipeline.measured import held, keep, run_module, weights_of
 from stillroom.pipeline.pinning import SNAPSHOT
 from stillroom.pipeline.recipe.chain import Chain, Stage
 from stillroom.pipeline.student.bindings import EXPORT, RESULT, read_result
 from stillroom.pipeline.train import manifest_path, student_folder
-from stillroom.storage.errors import StillroomError
-from stillroom.storage.files import LocalFiles
 from stillroom.storage.manifest import Manifest
 from stillroom.storage.snapshot import Snapshot
-
-#: What is told of a student against the first teacher.
-MEASURES = ("kl", "top1", "top5", "perplexity", "ece")
 
 
 def compare(chain: Chain, console: Console) -> list[dict[str, Any]]:
@@ -65,28 +59,22 @@ def _against(root: Stage, stage: Stage, student: str, console: Console) -> dict[
     if snapshot is None:
         return {}
     manifest = manifest_path(root.recipe)
-    weights = {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(folder.glob("*.safetensors"))}
     wanted = {
-        "folder": str(folder), "weights": weights, "manifest": Manifest.open(manifest).digest,
+        "folder": str(folder), "weights": weights_of(folder), "manifest": Manifest.open(manifest).digest,
         "snapshot": Snapshot.read(snapshot).digest,
     }  # fmt: skip
-    path = recipe.run_dir / "measured" / f"{student}.first-teacher.json"
-    if path.exists():
-        held = json.loads(path.read_text())
-        if held["of"] == wanted:
-            return dict(held["measured"])
-    console.info(f"compare: {stage.name}/{student} against the teacher of stage {root.name}")
-    request = {
-        "folder": str(folder), "manifest": str(manifest), "snapshot": str(snapshot), "device": recipe.teacher.device,
-    }  # fmt: skip
-    command = [sys.executable, "-m", "stillroom.pipeline.student.against"]
-    done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
-        raise StillroomError(f"measuring {student} in {folder} against {snapshot} failed: {last[0]}")
-    measured = json.loads(done.stdout)
-    LocalFiles(path.parent).write(path.name, json.dumps({"of": wanted, "measured": measured}).encode())
-    return dict(measured)
+    name = f"{student}.first-teacher"
+    found = held(recipe.run_dir, name, wanted)
+    if found is None:
+        console.info(f"compare: {stage.name}/{student} against the teacher of stage {root.name}")
+        request = {
+            "folder": str(folder), "manifest": str(manifest), "snapshot": str(snapshot),
+            "device": recipe.teacher.device,
+        }  # fmt: skip
+        what = f"measuring {student} in {folder} against {snapshot}"
+        found = dict(json.loads(run_module("stillroom.pipeline.student.against", request, what)))
+        keep(recipe.run_dir, name, wanted, found)
+    return found
 
 
 def _snapshot(root: Stage) -> Path | None:
