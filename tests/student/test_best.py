@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from stillroom.pipeline.student.best import Best, better, require_measured
 from stillroom.pipeline.student.config import KeepBest, StudentConfig
 from stillroom.storage.errors import StudentError
 from tests.student.test_session import go, log_of
-from tests.student.world import World
+from tests.student.world import World, cut_after
 
 #: Of hard labels alone the KL to a random teacher falls for a step or two, then it rises.
 RISING_KL: dict[str, Any] = {
@@ -69,12 +68,7 @@ def test_a_run_cut_off_keeps_the_best_and_ends_the_same(world: World, tmp_path: 
     settings = RISING_KL | {"checkpoint_every": 1, "keep_last": 20}
     expected = go(world.job(whole, **settings))
     for step in (1, 2, 3, 6, 9):
-        cut = tmp_path / f"cut{step}"
-        shutil.copytree(whole, cut)
-        (cut / "result.json").unlink()
-        for kept in steps_kept(cut):
-            if kept > step:
-                shutil.rmtree(cut / "checkpoints" / f"step-{kept:08d}")
+        cut = cut_after(whole, step)
         result = go(world.job(cut, **settings))
         assert log_of(cut) == log_of(whole)
         assert (result["best"], result["after"]) == (expected["best"], expected["after"])

@@ -1,7 +1,6 @@
 """Data mix: the formula by weight against losses by hand, the draws by sampling, and whole runs that resume."""
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from stillroom.storage.stream import Stream
 from tests.student.test_process import finish
 from tests.student.test_ranks import close_to, start, together
 from tests.student.test_session import go, log_of
-from tests.student.world import WINDOW, World
+from tests.student.world import WINDOW, World, cut_after
 
 #: Documents of the two sources, of the world's sixty.
 GENERATED, TEXT = 45, 15
@@ -301,12 +300,7 @@ class TestRuns:
         one = sum(row.trained for row in manifest if row.document >= GENERATED and not row.heldout)
         assert result["mix"]["epochs"]["text"] == round(totals["text"] / one, 3)
         for step in (1, 5):
-            cut = tmp_path / f"cut{step}"
-            shutil.copytree(whole, cut)
-            (cut / "result.json").unlink()
-            for path in (cut / "checkpoints").iterdir():
-                if int(path.name.removeprefix("step-")) > step:
-                    shutil.rmtree(path)
+            cut = cut_after(whole, step)
             again = go(mixed.job(cut, **settings))
             assert log_of(cut) == expected
             assert again["mix"] == result["mix"]

@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from stillroom.storage.errors import NonFiniteLoss, RecipeError, StudentError, T
 from stillroom.storage.manifest import Manifest
 from stillroom.storage.snapshot import Snapshot
 from stillroom.storage.stream import Stream
-from tests.student.world import World, build_world
+from tests.student.world import World, build_world, cut_after
 from tests.tiny import tiny_model, tiny_teacher
 
 
@@ -74,12 +73,7 @@ def test_a_run_cut_off_anywhere_goes_on_bit_equal(arch: str, tmp_path: Path) -> 
     go(world.job(whole, checkpoint_every=1, keep_last=20, eval_every=3))
     expected, weights = log_of(whole), load_file(whole / "export" / "model.safetensors")
     for step in (0, 1, 5, 8):
-        cut = tmp_path / f"cut{step}"
-        shutil.copytree(whole, cut)
-        (cut / "result.json").unlink()
-        for path in (cut / "checkpoints").iterdir():
-            if int(path.name.removeprefix("step-")) > step:
-                shutil.rmtree(path)
+        cut = cut_after(whole, step)
         with (cut / "log.jsonl").open("a") as file:
             file.write('{"kind": "step", "st')
         go(world.job(cut, checkpoint_every=1, keep_last=20, eval_every=3))

@@ -1,5 +1,6 @@
 """A small real world for the student: a tiny teacher's folder, a manifest, and shards of its logits with a snapshot."""
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,18 @@ class World:
             tokenizer=self.teacher,
             teacher=self.teacher,
         )
+
+
+def cut_after(whole: Path, step: int) -> Path:
+    """A copy of a run's folder as a kill after this step leaves it: beside it, without the result and later
+    checkpoints."""
+    cut = whole.with_name(f"cut{step}")
+    shutil.copytree(whole, cut)
+    (cut / "result.json").unlink()
+    for path in (cut / "checkpoints").iterdir():
+        if int(path.name.removeprefix("step-")) > step:
+            shutil.rmtree(path)
+    return cut
 
 
 def documents_of(tokenizer: Any, count: int) -> list[NDArray[np.int32]]:

@@ -1,6 +1,5 @@
 """Whole runs that learn from inside the teacher: they learn, they resume bit-equal, they export the student alone."""
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from stillroom.storage.snapshot import Snapshot
 from stillroom.storage.stream import Stream
 from tests.student.features.world import build_inner_world
 from tests.student.test_session import go, log_of
-from tests.student.world import World
+from tests.student.world import World, cut_after
 from tests.tiny import tiny_teacher
 
 ALL: dict[str, Any] = {
@@ -109,12 +108,7 @@ def test_a_run_cut_off_in_any_phase_goes_on_bit_equal(features: dict[str, Any], 
     total = len([r for r in expected if r["kind"] == "step"])
     matrices = load_file(whole / "checkpoints" / f"step-{total:08d}" / "model.safetensors")
     for step in (1, 3, 6, total - 1):
-        cut = tmp_path / f"cut{step}"
-        shutil.copytree(whole, cut)
-        (cut / "result.json").unlink()
-        for path in (cut / "checkpoints").iterdir():
-            if int(path.name.removeprefix("step-")) > step:
-                shutil.rmtree(path)
+        cut = cut_after(whole, step)
         go(inner.job(cut, **phases))
         assert log_of(cut) == expected
         again = load_file(cut / "export" / "model.safetensors")
@@ -241,12 +235,7 @@ def test_the_last_phase_fine_tunes_on_another_corpus_and_resumes_in_it(inner: Wo
     assert own == [(0, step) for step in range(5)]
     assert records[-1]["ce"] < 0.9 * records[7]["ce"]
     for step in (2, 4, 6, 9):
-        cut = tmp_path / f"cut{step}"
-        shutil.copytree(whole, cut)
-        (cut / "result.json").unlink()
-        for path in (cut / "checkpoints").iterdir():
-            if int(path.name.removeprefix("step-")) > step:
-                shutil.rmtree(path)
+        cut = cut_after(whole, step)
         go(inner.job(cut, **settings))
         assert log_of(cut) == log_of(whole)
 
