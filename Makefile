@@ -71,6 +71,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m tests.bench.store
 	$(BIN)/python -m tests.bench.capture
 	$(BIN)/python -m tests.bench.loss
+	$(BIN)/python -m tests.bench.scale
 
 bench-quality: $(VENV)/.dev
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.bench.quality
