@@ -128,7 +128,7 @@ def _require_supported(recipe: Recipe, student: StudentConfig, store: Store) -> 
     temperatures = student.temperatures(TEMPERATURES)
     part = teaching_part(student.losses.signal, store.identity.signal)
     bound = Bound(recipe.fidelity.max_gradient_angle_deg, recipe.fidelity.max_kl_added)
-    if bound == Bound() and part != "sampled":
+    if bound == Bound() and "sampled" not in part:
         return
     fidelity, _ = measure_store(store, sorted({*TEMPERATURES, *temperatures}))
     for temperature in temperatures:

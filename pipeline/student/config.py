@@ -367,7 +367,7 @@ def student_window(config: StudentConfig, manifest_window: int) -> int:
 
 
 def teaching_part(asked: str, spec: SignalSpec) -> str:
-    """Which part of a store teaches: "hidden", "topk" or "sampled".
+    """Which part of a store teaches: "hidden", "topk", "sampled", or "topk+sampled".
 
     asked: `losses.signal`. Raises UnsupportedSignal if the store does not hold it.
     """
@@ -379,10 +379,11 @@ def teaching_part(asked: str, spec: SignalSpec) -> str:
         )
     if asked == "auto":
         return held[0]
-    if asked not in held:
+    missing = [part for part in asked.split("+") if part not in held]
+    if missing:
         raise UnsupportedSignal(
             f"losses.signal is {asked}, the store holds {spec.in_words()}: set it to {' or '.join(held)}, or teach "
-            f"with signal.{asked} into another store"
+            f"with {' and '.join(f'signal.{part}' for part in asked.split('+'))} into another store"
         )
     return asked
 
@@ -390,7 +391,7 @@ def teaching_part(asked: str, spec: SignalSpec) -> str:
 def require_determined(losses: LossConfig, part: str) -> None:
     """Raises UnsupportedSignal if the part that teaches does not determine an output loss, with the remedy."""
     asked = losses.output.names() if losses.distils else []
-    if part == "sampled" and (refused := sorted(set(asked) - {"forward_kl"})):
+    if "sampled" in part.split("+") and (refused := sorted(set(asked) - {"forward_kl"})):
         raise UnsupportedSignal(
             f"losses.output.{refused[0]} on draws from the teacher, which determine the forward KL alone (up to a "
             "constant, at temperature 1): keep forward_kl alone, or use a store with hidden states or top-k logits"

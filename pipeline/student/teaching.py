@@ -5,6 +5,7 @@ the loss of a step's positions, distillation and text together. Costs: those of 
 
     topk      over the kept ids and one bucket for the rest, any temperature                losses.buckets
     sampled   cross-entropy with the draws' shares (forward KL), temperature 1              sampled_loss
+    topk+sampled   the KL of topk, and the tail's own shares from the draws, temperature 1  sampled_loss
     hidden    over the whole vocabulary, rebuilt from hidden states, any temperature        full_logits.hidden_loss
 
 `distillation_loss` is the plain form, on the student's logits; `distillation_loss_fused` has the student's head in it.
@@ -33,14 +34,14 @@ from stillroom.pipeline.student.losses import (
 )
 from stillroom.pipeline.student.losses.fused import BLOCK_ELEMENTS, FUSED_ELEMENTS
 from stillroom.pipeline.student.losses.sparse import sparse_slice
-from stillroom.pipeline.student.sampled_loss import sampled_cross_entropy
+from stillroom.pipeline.student.sampled_loss import sampled_cross_entropy, tail_cross_entropy
 from stillroom.storage.files import open_files
 from stillroom.storage.snapshot import Snapshot
 
 
 @dataclass(frozen=True, eq=False)
 class Teaching:
-    """part: "topk", "sampled" or "hidden". head: for hidden. gap_step: of the top-k beside the hidden states."""
+    """part: "topk", "sampled", "topk+sampled" or "hidden". head: for hidden. gap_step: of the top-k beside it."""
 
     part: str
     head: TeacherHead | None = None
@@ -57,8 +58,8 @@ class Teaching:
 
     @property
     def reads(self) -> frozenset[str]:
-        """The parts that a student reads: the one that teaches, and the top-k against which it is evaluated."""
-        return frozenset({self.part, "topk"})
+        """The parts that a student reads: what teaches, and the top-k against which it is evaluated."""
+        return frozenset({*self.part.split("+"), "topk"})
 
     def loss(self, logits_NV: Tensor, targets: Targets, *, objective: Objective) -> Tensor:
         """Σ_n w_n · (the objective's output losses)_n, a scalar. logits_NV: of the real vocabulary."""
@@ -77,7 +78,17 @@ class Teaching:
                 logits_NV, targets.drawn_ids, targets.drawn_counts, temperature=objective.temperature,
                 weights_N=targets.weights,
             )  # fmt: skip
-        return sparse_loss(logits_NV, targets, objective=objective)
+        loss = sparse_loss(logits_NV, targets, objective=objective)
+        if self.part == "topk+sampled":
+            assert targets.ids is not None
+            assert targets.drawn_ids is not None
+            assert targets.drawn_counts is not None
+            assert objective.weights.keys() == {"forward_kl"}
+            loss = loss + objective.weights["forward_kl"] * tail_cross_entropy(
+                logits_NV, targets.ids, targets.drawn_ids, targets.drawn_counts, temperature=objective.temperature,
+                weights_N=targets.weights,
+            )  # fmt: skip
+        return loss
 
     def slice_loss(
         self, z_PV: Tensor, targets: Targets, objective: Objective, wanted: bool, spare: Iterator[Tensor]

@@ -44,7 +44,7 @@ def supports(fidelity: Fidelity | None, tier: str, temperature: float, bound: Bo
     message. Draws at T ≠ 1 are refused whatever the bound, all else only by it.
     Raises UnsupportedSignal with the measured number and the remedy.
     """
-    if tier == "sampled" and temperature != 1:
+    if "sampled" in tier.split("+") and temperature != 1:
         raise UnsupportedSignal(
             f"store {where}: draws estimate the teacher at T = 1 alone, T = {temperature:g} was asked for; "
             "train at temperature 1, or from a store with topk or hidden"
@@ -84,6 +84,8 @@ def _remedy(fidelity: Fidelity, row: Measured, bound: Bound) -> str:
 def _better(row: Measured, bound: Bound) -> str:
     if row.tier == "sampled":
         return "more draws or the topk tier"
+    if row.tier == "topk+sampled":
+        return "more draws or the hidden tier"
     if row.tier == "hidden":
         return "hidden in bfloat16"
     coarse = Bound(max_kl_added=bound.max_kl_added).misses(row)

@@ -9,6 +9,7 @@ s is (q − p)/T. What a tier's loss gives instead, without the common factor 1/
 
     topk      kept i: q_i − p̂_i     others j: q_j − p̂_tail · q_j / q_tail     (KL on {kept ids, the rest})
     sampled   q − counts/N          T = 1 only; unbiased, so single positions are noisy and their sum is not
+    topk+sampled   T = 1 only: topk's, and for the others j besides Σ_tail counts/N · q_j / q_tail − counts_j/N
     hidden    q − softmax(ẑ/T)      ẑ = hidden state × output head, with the kept logits in place where there are any
 """
 
@@ -75,8 +76,11 @@ class Point:
         top = int(np.argmax(scaled))
         return Point(temperature, scaled, log_z, p, q, top, _sums_to_zero(q - p, top))
 
-    def topk(self, ids_K: Int32, logits_K: Float32, tail_lse_G: Float32) -> Numbers:
-        """Of kept ids and a tail's curve, as `TopK` holds them for one row (used slots only)."""
+    def topk(
+        self, ids_K: Int32, logits_K: Float32, tail_lse_G: Float32, draws: tuple[Int32, Int32] | None = None
+    ) -> Numbers:
+        """Of kept ids and a tail's curve, as `TopK` holds them for one row (used slots only). draws: ids and counts as
+        in `sampled`, which then say how the tail shares its mass."""
         weights = interpolation_weights(1.0 / self.temperature)
         at_zero = float(np.log(len(self.p) - len(ids_K)))
         log_tail = float(weights[0] * at_zero + weights[1:] @ tail_lse_G.astype(np.float64))
@@ -92,8 +96,12 @@ class Point:
         gradient = self.q.copy()
         gradient[ids_K] = 0.0
         q_tail = float(gradient.sum())
-        gradient *= 1.0 - np.exp(log_tail) / q_tail if q_tail > 0 else 0.0
+        outside = None if draws is None else ~np.isin(draws[0], ids_K)
+        drawn = 0.0 if draws is None else float(draws[1][outside].sum() / draws[1].sum())
+        gradient *= 1.0 + (drawn - np.exp(log_tail)) / q_tail if q_tail > 0 else 0.0
         gradient[ids_K] = self.q[ids_K] - np.exp(log_kept)
+        if draws is not None:
+            gradient[draws[0][outside]] -= draws[1][outside] / draws[1].sum()
         return Numbers(mass, loss, max(kl, 0.0), *self._against_full(gradient))
 
     def sampled(self, ids_U: Int32, counts_U: Int32) -> Numbers:

@@ -23,7 +23,7 @@ from stillroom.storage.fidelity.gradient import Key as Key
 from stillroom.storage.fidelity.gradient import Numbers, Point, reference_noise
 from stillroom.storage.records import Float32, Signal
 
-TIERS = ("topk", "sampled", "hidden")
+TIERS = ("topk", "sampled", "hidden", "topk+sampled")
 TEMPERATURES: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0)
 
 #: Standard deviation of the reference student's logits around the teacher's, in nats.
@@ -142,7 +142,8 @@ def measure_blocks(
 ) -> Fidelity:
     """The fidelity of every tier that the signals hold, at each temperature in 1 … 10; no rows without positions.
 
-    Draws are measured at T = 1 alone, hidden states where `full_logits` is given. One block is held at a time.
+    Draws, alone or beside a top-k, are measured at T = 1 alone, hidden states where `full_logits` is given. One block
+    is held at a time.
     spread: of the reference student, in nats.
     Raises ValueError where the truth is not finite [P, V], where parts are not aligned with it or name ids outside
     the vocabulary, and for temperatures outside 1 … 10.
@@ -188,13 +189,17 @@ def noise(
 
 
 def _tiers(point: Point, signal: Signal, place: int, rebuilt_V: NDArray[Any] | None) -> Iterator[tuple[str, Numbers]]:
+    topk = None
     if signal.topk is not None:
         kept = slice(0, int(signal.topk.kept[place]))
-        topk = signal.topk
-        yield "topk", point.topk(topk.ids[place, kept], topk.logits[place, kept], topk.tail_lse[place])
+        topk = signal.topk.ids[place, kept], signal.topk.logits[place, kept], signal.topk.tail_lse[place]
+        yield "topk", point.topk(*topk)
     if signal.sampled is not None and point.temperature == 1.0:
         drawn = signal.sampled.counts[place] > 0
-        yield "sampled", point.sampled(signal.sampled.ids[place, drawn], signal.sampled.counts[place, drawn])
+        draws = signal.sampled.ids[place, drawn], signal.sampled.counts[place, drawn]
+        yield "sampled", point.sampled(*draws)
+        if topk is not None:
+            yield "topk+sampled", point.topk(*topk, draws)
     if rebuilt_V is not None:
         yield "hidden", point.hidden(rebuilt_V)
 
@@ -228,7 +233,7 @@ def _mean(values: list[float]) -> float:
 
 
 def _summary(tier: str, temperature: float, values: list[Numbers]) -> Measured:
-    kl, kl_worst = (None, None) if tier == "sampled" else _kl(values)
+    kl, kl_worst = (None, None) if "sampled" in tier else _kl(values)
     return Measured(
         tier,
         temperature,

@@ -67,6 +67,12 @@ RECIPE: dict[str, Any] = {
     "store": {"path": str(FOLDER / "store"), "unit_tokens": 8192},
     "ray": {"actors": 1, "cpus_per_actor": 1},
 }  # fmt: skip
+#: Of the same teacher and corpus, for the rows that learn from draws beside the top-k.
+WITH_DRAWS: dict[str, Any] = RECIPE | {
+    "run_dir": str(FOLDER / "draws"),
+    "signal": {"topk": {"k": 64, "gap_step": 1 / 8}, "sampled": {"draws": 50}},
+    "store": {"path": str(FOLDER / "store-draws"), "unit_tokens": 8192},
+}
 STUDENT: dict[str, Any] = {
     "model": {"cut": {"layers": LAYERS}}, "seed": 1, "batch_packs": 1, "micro_packs": 1, "lr": 3e-4,
     "warmup_steps": 20, "device": "cpu",
@@ -96,6 +102,7 @@ class Row:
 ROWS = {
     "live_t1": Row("live teacher, T = 1", 1.0, way="live"),
     "topk_t1": Row("top-64 and tail, T = 1", 1.0),
+    "topk_sampled_t1": Row("top-64 and 50 draws, T = 1", 1.0, signal="topk+sampled"),
     "live_t4": Row("live teacher, T = 4", 1.0, 4.0, way="live"),
     "hidden_t4": Row("hidden int16, T = 4", 1.0, 4.0, "hidden"),
     "ce": Row("text alone", 0.0),
@@ -117,6 +124,7 @@ ROWS = {
 #: Key in build/bench.json: relative difference in KL of one row to another, at the temperatures 1 and 4.
 COMPARED = {
     "quality_cached_vs_live_t1": ("topk_t1", "live_t1"),
+    "quality_with_draws_vs_live_t1": ("topk_sampled_t1", "live_t1"),
     "quality_cached_vs_live_t4": ("hidden_t4", "live_t4"),
     "quality_renormalised_vs_live_t1": ("renormalised_t1", "live_t1"),
     "quality_renormalised_vs_live_t4": ("renormalised_t4", "live_t4"),
@@ -154,39 +162,48 @@ def main() -> None:
 
 @dataclass(frozen=True)
 class World:
-    """The store, its corpus and its teacher."""
+    """The stores, their corpus and their teacher."""
 
     manifest: Manifest
-    snapshot: Snapshot
+    snapshots: dict[str, Snapshot]
     teacher: Path
     live: LiveTeacher
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """Of the store that all rows but those with draws read."""
+        return self.snapshots[""]
 
     @staticmethod
     def made() -> "World":
         """Taught by the product's own command, where it is not yet."""
-        recipe = Recipe.model_validate(RECIPE)
-        teach_command(recipe, console=Console())
-        manifest = Manifest.open(recipe.run_dir / "corpus.parquet")
-        digests = {digest.decode() for digest in manifest.index().sequences.tolist()}
-        snapshot = open_store(recipe.store.path).snapshot(digests)
-        folder = resolve_model(MODEL)
-        cache = FOLDER / f"live-{snapshot.identity.id[:8]}"
-        live = LiveTeacher(folder, vocabulary=snapshot.identity.vocabulary, cache=cache)
-        return World(manifest, snapshot, folder, live)
+        snapshots = {}
+        for signal, asked in (("", RECIPE), ("topk+sampled", WITH_DRAWS)):
+            recipe = Recipe.model_validate(asked)
+            teach_command(recipe, console=Console())
+            manifest = Manifest.open(recipe.run_dir / "corpus.parquet")
+            digests = {digest.decode() for digest in manifest.index().sequences.tolist()}
+            snapshots[signal] = open_store(recipe.store.path).snapshot(digests)
+        folder, identity = resolve_model(MODEL), snapshots[""].identity
+        live = LiveTeacher(folder, vocabulary=identity.vocabulary, cache=FOLDER / f"live-{identity.id[:8]}")
+        return World(manifest, snapshots, folder, live)
+
+    def taught_by(self, row: Row) -> Snapshot:
+        return self.snapshots.get(row.signal, self.snapshot)
 
     def key(self, row: Row, steps: int) -> str:
         """Of everything that a row's numbers follow from."""
-        stated = [STUDENT, row.numbers(), steps, self.manifest.digest, self.snapshot.identity.id, HELDOUT_PACKS]
+        stated = [STUDENT, row.numbers(), steps, self.manifest.digest, self.taught_by(row).identity.id, HELDOUT_PACKS]
         return hashlib.sha256(canonical_json(stated)).hexdigest()[:16]
 
     def run(self, row: Row, name: str, steps: int) -> dict[str, Any]:
         """Train and measure. order: digest of all tokens read."""
         began = time.perf_counter()
         trainer = self._trainer(row, row.config(name, steps))
-        parts = {row.signal, "topk"} | (trainer.features.reads if trainer.features else set())
+        parts = {*row.signal.split("+"), "topk"} | (trainer.features.reads if trainer.features else set())
         order = hashlib.sha256()
         losses = []
-        with closing(self._packs(steps, parts)) as packs:
+        with closing(self._packs(self.taught_by(row), steps, parts)) as packs:
             for step, pack in enumerate(packs):
                 result = trainer.step([pack], step)
                 order.update(pack.input_ids.tobytes())
@@ -196,14 +213,15 @@ class World:
                         f"{name}: step {step + 1}, loss {losses[-1]:.4f}, {time.perf_counter() - began:.0f} s",
                         flush=True,
                     )
-        with closing(self._packs(HELDOUT_PACKS, {"topk"}, heldout=True)) as packs:
+        with closing(self._packs(self.snapshot, HELDOUT_PACKS, {"topk"}, heldout=True)) as packs:
             found = measure(trainer.model, self.live, packs, vocabulary=self.snapshot.identity.vocabulary)
         seconds = round(time.perf_counter() - began, 1)
         return {**found, "loss_last_20": sum(losses[-20:]) / 20, "order": order.hexdigest()[:16], "seconds": seconds}
 
     def _trainer(self, row: Row, config: StudentConfig) -> Trainer:
         rng.seed_all(config.seed)
-        cpu, identity = torch.device("cpu"), self.snapshot.identity
+        cpu, snapshot = torch.device("cpu"), self.taught_by(row)
+        identity = snapshot.identity
         model = build_student(
             config.model, teacher=self.teacher, tokenizer=load_tokenizer(self.teacher),
             expected_tokenizer=identity.tokenizer, vocabulary=identity.vocabulary,
@@ -211,16 +229,16 @@ class World:
         kind = {"stored": Trainer, "live": LiveTrainer, "renormalised": Renormalised}[row.way]
         trainer = kind(
             model, config, vocabulary=identity.vocabulary, total_steps=config.steps or 0, device=cpu,
-            teaching=Teaching.of(row.signal, self.snapshot, cpu),
+            teaching=Teaching.of(row.signal, snapshot, cpu),
             features=Features.of(config, identity.signal, model, cpu),
         )  # fmt: skip
         if isinstance(trainer, LiveTrainer):
             trainer.live, trainer.dtype = self.live, getattr(torch, row.dtype)
         return trainer
 
-    def _packs(self, count: int, parts: set[str], *, heldout: bool = False) -> Any:
+    def _packs(self, snapshot: Snapshot, count: int, parts: set[str], *, heldout: bool = False) -> Any:
         stream = Stream(
-            manifest=self.manifest, snapshot=self.snapshot, window=WINDOW, heldout=heldout,
+            manifest=self.manifest, snapshot=snapshot, window=WINDOW, heldout=heldout,
             seed=0 if heldout else int(STUDENT["seed"]), parts=frozenset(parts), epochs=1 if heldout else None,
         )  # fmt: skip
 

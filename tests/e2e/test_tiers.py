@@ -35,6 +35,7 @@ def student(name: str, **losses: Any) -> dict[str, Any]:
 TOPK = student("topk", signal="topk", alpha=0.7, temperature=2)
 DRAWN = student("sampled", signal="sampled", alpha=0.7, temperature=1)
 HIDDEN = student("hidden", signal="hidden", alpha=0.7, temperature=4)
+BOTH = student("both", signal="topk+sampled", alpha=0.7, temperature=1)
 
 
 def made(folder: Path, signal: dict[str, Any], *students: dict[str, Any], **over: Any) -> Setup:
@@ -102,7 +103,7 @@ def test_a_tier_is_taught_and_learned_from(
 @pytest.fixture(scope="module", name="whole")
 def _whole(tmp_path_factory: pytest.TempPathFactory) -> Setup:
     signal = {"topk": {"k": 8}, "sampled": {"draws": 20}, "hidden": {"dtype": "int16"}}
-    setup = made(tmp_path_factory.mktemp("whole"), signal, TOPK, DRAWN, HIDDEN)
+    setup = made(tmp_path_factory.mktemp("whole"), signal, TOPK, DRAWN, HIDDEN, BOTH)
     setup.run()
     return setup
 
@@ -114,7 +115,7 @@ class TestAllParts:
         summary = json.loads((whole.folder / "run" / "summary.json").read_text())
         assert summary["teacher_batches_first_run"] > 0
         assert summary["teacher_batches_second_run"] == 0
-        for each in ("topk", "sampled", "hidden"):
+        for each in ("topk", "sampled", "hidden", "both"):
             result = json.loads((whole.folder / "run" / "students" / each / "result.json").read_text())
             # The top-k beside the draws says how close the student is.
             check_learned(whole, result)
@@ -131,7 +132,7 @@ class TestAllParts:
         assert shown["fidelity"] == kept["rows"]
         measured = {(row["tier"], row["temperature"]) for row in kept["rows"]}
         everywhere = {(tier, float(t)) for tier in ("topk", "hidden") for t in (1, 2, 4, 8)}
-        assert measured == everywhere | {("sampled", 1.0)}
+        assert measured == everywhere | {("sampled", 1.0), ("topk+sampled", 1.0)}
         assert {row["positions"] for row in kept["rows"]} == {16}
         assert shown["noise_positions"] > 0
         angle = {row["tier"]: row["gradient_angle_deg"] for row in kept["rows"] if row["temperature"] == 1}
@@ -141,7 +142,7 @@ class TestAllParts:
         ledger, shards = whole.ledger(), store_of(whole).committed()
         side = {p: p.stat().st_mtime_ns for p in (whole.folder / "store" / "_stillroom").rglob("*.json")}
         printed = whole.run()
-        assert printed.count("no teacher is needed") == printed.count("is trained already") == 3
+        assert printed.count("no teacher is needed") == printed.count("is trained already") == 4
         assert "founding" not in printed
         assert whole.ledger() == ledger
         assert store_of(whole).committed() == shards

@@ -106,6 +106,7 @@ def require_close(plain: tuple[LossSums, list[Tensor]], fused: tuple[LossSums, l
     ("part", "temperature", "weights"),
     [
         ("topk", 1.0, ALL), ("topk", 4.0, ALL), ("topk", 4.0, PLAIN), ("sampled", 1.0, PLAIN), ("hidden", 3.0, ALL),
+        ("topk+sampled", 1.0, PLAIN), ("topk+sampled", 1.0, {"forward_kl": 0.7}),
         ("hidden", 1.0, {"cosine": 1.0, "forward_kl": 0.5}),
     ],
 )  # fmt: skip
@@ -133,7 +134,9 @@ def test_one_id_kept_and_all_of_them(k: int) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(("part", "temperature"), [("topk", 1.0), ("topk", 4.0), ("sampled", 1.0)])
+@pytest.mark.parametrize(
+    ("part", "temperature"), [("topk", 1.0), ("topk", 4.0), ("sampled", 1.0), ("topk+sampled", 1.0)]
+)
 def test_gradients_are_those_of_the_value(
     part: str, temperature: float, form: tuple[float, float | None, bool]
 ) -> None:
@@ -141,7 +144,7 @@ def test_gradients_are_those_of_the_value(
     scale, softcap, biased = form
     case = Case(n=4, k=3, temperature=temperature, v=12, d=3)
     smooth = {name: weight for name, weight in ALL.items() if name != "tv"}  # which has corners
-    objective = Objective(0.6, temperature, PLAIN if part == "sampled" else smooth, 0.3, 0.05)
+    objective = Objective(0.6, temperature, PLAIN if "sampled" in part else smooth, 0.3, 0.05)
 
     def loss(hidden: Tensor, weight: Tensor, *bias: Tensor) -> Tensor:
         head = StudentHead(weight, bias[0] if bias else None, scale, softcap)
@@ -222,7 +225,7 @@ def test_the_gradient_is_given_once() -> None:
 def test_no_positions_are_a_loss_of_zero() -> None:
     case = Case(n=0)
     hidden, weight = case.leaves(torch.float32, biased=False)
-    for part in ("topk", "sampled", "hidden"):
+    for part in ("topk", "sampled", "topk+sampled", "hidden"):
         sums = distillation_loss_fused(
             hidden, StudentHead(weight), case.stored(), objective=Objective(0.6, 1.0), vocabulary=V,
             teaching=case.teaching(part),
@@ -239,7 +242,7 @@ def test_the_same_inputs_give_the_same_bits() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))
 
 
-@pytest.mark.parametrize("part", ["topk", "sampled", "hidden"])
+@pytest.mark.parametrize("part", ["topk", "sampled", "topk+sampled", "hidden"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_is_off_by_its_own_rounding_only(dtype: torch.dtype, part: str) -> None:
     """float32 parameters, products in 16 bits. Gradients in float32; within 3 % of float64's, as the dtype's rounding

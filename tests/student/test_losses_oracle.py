@@ -220,6 +220,7 @@ class TestRecipe:
         [
             ("sampled", {"reverse_kl": 1}, "losses.output.reverse_kl on draws .* keep forward_kl alone"),
             ("sampled", {"forward_kl": 1, "tv": 1}, "losses.output.tv on draws"),
+            ("topk+sampled", {"tv": 1}, "losses.output.tv on draws"),
             ("topk", {"cosine": 1}, "losses.output.cosine needs .*whole vocabulary.*signal.hidden"),
         ],
     )

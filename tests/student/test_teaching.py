@@ -229,10 +229,10 @@ def _all_parts(world: World, tmp_path_factory: pytest.TempPathFactory) -> Shelf:
 
 
 @pytest.mark.parametrize("alpha", [0.3, 1.0])
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", [*PARTS, "topk+sampled"])
 @pytest.mark.parametrize("rows", [1, 7])
 def test_slices_change_rounding_only(all_parts: Shelf, part: str, alpha: float, rows: int) -> None:
-    temperature = 1.0 if part == "sampled" else 3.0
+    temperature = 1.0 if "sampled" in part else 3.0
     teaching = Teaching.of(part, all_parts.snapshot, CPU)
     batch = collate(all_parts.packs()[:2], packing=True, temperature=temperature, vocabulary=all_parts.vocabulary)
     generator = torch.Generator().manual_seed(7)

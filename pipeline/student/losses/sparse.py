@@ -24,6 +24,7 @@ from torch import Tensor
 from stillroom.pipeline.student.losses.buckets import Buckets, used_slots
 from stillroom.pipeline.student.losses.objective import Objective
 from stillroom.pipeline.student.losses.targets import Targets
+from stillroom.pipeline.student.sampled_loss import are_kept
 
 
 class Tail:
@@ -52,7 +53,7 @@ def sparse_slice(
     is
     overwritten in any case.
 
-    part: "topk" or "sampled", what teaches. spare: gives a buffer like z_PV where one is needed.
+    part: "topk", "sampled" or "topk+sampled", what teaches. spare: gives a buffer like z_PV where one is needed.
     """
     alpha, temperature = objective.alpha, objective.temperature
     weights_P1 = targets.weights.to(z_PV.dtype)[:, None]
@@ -60,8 +61,8 @@ def sparse_slice(
     label_P1 = z_PV.gather(1, labels_P1)
     smoothing = objective.label_smoothing if objective.reads_text else 0.0
     mean_P1 = z_PV.mean(1, keepdim=True) if smoothing else None
-    drawn = _Drawn(z_PV, targets) if objective.distils and part == "sampled" else None
-    kept = _Kept(z_PV, targets) if objective.distils and part == "topk" else None
+    kept = _Kept(z_PV, targets) if objective.distils and "topk" in part else None
+    drawn = _Drawn(z_PV, targets, outside_kept=kept is not None) if objective.distils and "sampled" in part else None
     if kept is not None:
         z_PV.scatter_(1, kept.ids_PK, -torch.inf)
     top_P1 = z_PV.amax(1, keepdim=True)
@@ -84,12 +85,16 @@ def sparse_slice(
     kept_grad_PK = None
     if kept is not None:
         kd, grad_PB = kept.loss(soft.lse_P1, targets, objective, z_PV.shape[1])
+        if drawn is not None:
+            weight = objective.weights["forward_kl"]
+            kd = kd + weight * (drawn.cross_entropy_P1(soft.lse_P1) * weights_P1).sum()
+            grad_PB[:, -1:] += weight * weights_P1 * drawn.share_P1
         grad_PB = grad_PB * (alpha / temperature)
         kept_grad_PK = grad_PB[:, :-1]
         z_scale_P1 = grad_PB[:, -1:] / soft.sum_P1.clamp_min(torch.finfo(z_PV.dtype).tiny)
     elif drawn is not None:
         weight = objective.weights["forward_kl"]
-        kd = weight * ((soft.lse_P1 - drawn.mean_P1) * weights_P1).sum()
+        kd = weight * (drawn.cross_entropy_P1(soft.lse_P1) * weights_P1).sum()
         z_scale_P1 = alpha * weight * weights_P1 * soft.share_P1(soft.lse_P1)
     if text is not None:
         lse_P1 = text.lse_P1 if kept is None else torch.logsumexp(torch.cat([kept.masked_PK, text.lse_P1], 1), 1, True)
@@ -141,14 +146,22 @@ class _Kept:
 
 
 class _Drawn:
-    """The draws' shares, and the mean of the student's logits under them."""
+    """The shares of all draws, or of those that are not kept, and the sum of the student's logits under them."""
 
-    def __init__(self, z_PV: Tensor, targets: Targets) -> None:
+    def __init__(self, z_PV: Tensor, targets: Targets, *, outside_kept: bool) -> None:
         assert targets.drawn_ids is not None
         assert targets.drawn_counts is not None
         counts_PU = targets.drawn_counts.to(z_PV.dtype)
         self.shares_PU = counts_PU / counts_PU.sum(-1, keepdim=True)
         self.ids_PU = targets.drawn_ids.clamp_min(0)
+        if outside_kept:
+            assert targets.ids is not None
+            self.shares_PU.masked_fill_(are_kept(self.ids_PU, targets.ids), 0.0)
+        self.share_P1 = self.shares_PU.sum(-1, keepdim=True)
         # An unused slot reads id 0, whose logit may be −inf, and 0 · −inf is NaN.
-        drawn_PU = torch.where(counts_PU > 0, z_PV.gather(1, self.ids_PU), 0.0)
-        self.mean_P1 = (self.shares_PU * drawn_PU).sum(-1, keepdim=True)
+        drawn_PU = torch.where(self.shares_PU > 0, z_PV.gather(1, self.ids_PU), 0.0)
+        self._sum_P1 = (self.shares_PU * drawn_PU).sum(-1, keepdim=True)
+
+    def cross_entropy_P1(self, lse_P1: Tensor) -> Tensor:
+        """Σ share · (lse − z), lse over the ids that may have been drawn; 0 where none was."""
+        return torch.where(self.share_P1 > 0, self.share_P1 * lse_P1 - self._sum_P1, 0.0)
