@@ -77,6 +77,7 @@ def bench(data: Scored, folder: Path) -> dict[str, Any]:
         "topk float32": SignalSpec(TopKSpec(K, None)),
         "packed": SignalSpec(packed),
         "sampled": SignalSpec(sampled=SampledSpec(DRAWS)),
+        "topk and sampled": SignalSpec(topk, SampledSpec(DRAWS)),
         "hidden": SignalSpec(topk, hidden=HiddenSpec(data.width, "int16")),
         "hidden int8": SignalSpec(topk, hidden=HiddenSpec(data.width, "int8")),
         "hidden bfloat16": SignalSpec(topk, hidden=HiddenSpec(data.width, "bfloat16")),
@@ -100,6 +101,7 @@ def bench(data: Scored, folder: Path) -> dict[str, Any]:
         "bytes_per_token_sampled50_signal": round(
             sum(size for name, size in signal_bytes.items() if name.startswith("sampled")), 2
         ),
+        "bytes_per_token_topk64_sampled50": by_tier["topk and sampled"],
         "bytes_per_token_hidden": by_tier["hidden"],
         "bytes_per_token_hidden_part": round(
             sum(size for name, size in rows["hidden"]["columns_bytes_per_token"].items() if name.startswith("hidden")),
