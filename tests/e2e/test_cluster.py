@@ -62,6 +62,7 @@ def in_mid_teaching(setup: Setup) -> Callable[[], bool]:
     return lambda: (setup.folder / "store" / "_delta_log" / "00000000000000000001.json").exists()
 
 
+@pytest.mark.slow
 def test_a_job_runs_where_stillroom_is_not_installed(cluster: Cluster, tmp_path: Path) -> None:
     """By `ray job submit`, which takes it along; then from a driver of this machine, which sends it."""
     setup = Setup.make(tmp_path / "job", FEW, **OVER)

@@ -44,6 +44,7 @@ def teach(setup: Setup, code: int) -> tuple[dict[str, Any], str]:
     return json.loads(done.stdout), done.stderr
 
 
+@pytest.mark.slow
 def test_a_poison_document_is_named_and_the_rest_is_committed(tmp_path: Path) -> None:
     setup = setup_with(tmp_path / "poisoned", [*DOCUMENTS[:30], POISON, *DOCUMENTS[30:]])
     result, told = teach(setup, 1)

@@ -76,7 +76,7 @@ ALONE = {
 
 
 #: The store of all parts has what they would show; they found stores by Ray.
-SLOW = ("hidden int16", "hidden bfloat16 and top-k")
+SLOW = ("packed", "nucleus", "hidden int16", "hidden bfloat16 and top-k")
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,7 @@ def test_every_tier_and_temperature_is_priced_and_nothing_is_founded(setup: Setu
     assert not (setup.folder / "run" / "ledger.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_the_cheapest_follows_bound_and_temperatures(setup: Setup, plan: Any) -> None:
     loose = plan(setup)
     assert loose["student_temperatures"] == "2"
