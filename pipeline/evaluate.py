@@ -10,6 +10,7 @@ student answers held-out prompts there as well, and BLEU and ROUGE-L are counted
 """
 
 import json
+import time
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
@@ -110,9 +111,10 @@ def _measure(recipe: Recipe, folder: Path, name: str, console: Console, asked: S
             "manifest_path": str(manifest.path), "device": recipe.teacher.device,
             "trust_remote_code": recipe.teacher.trust_remote_code,
         }  # fmt: skip
+        began = time.monotonic()
         printed = run_module("stillroom.pipeline.measure", wanted | told, f"measuring {name} in {folder}")
         found = dict(json.loads(printed))
-        keep(recipe.run_dir, name, wanted, found)
+        keep(recipe.run_dir, name, wanted, found, wall_s=time.monotonic() - began)
     return found
 
 

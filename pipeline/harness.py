@@ -13,6 +13,7 @@ offline.
 import json
 import sys
 import tempfile
+import time
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -42,8 +43,9 @@ def tasks_of(recipe: Recipe, asked: LmEvalConfig, folder: Path, name: str, conso
     if found is None:
         wanted = request_of(recipe, asked, folder, name)
         console.info(f"evaluate: {name} on {', '.join(asked.tasks)}")
+        began = time.monotonic()
         found = _run({**wanted, "device": recipe.teacher.device, "trust": recipe.teacher.trust_remote_code}, name)
-        keep(recipe.run_dir, _kept_as(name), wanted, found)
+        keep(recipe.run_dir, _kept_as(name), wanted, found, wall_s=time.monotonic() - began)
     return found
 
 

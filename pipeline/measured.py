@@ -1,7 +1,8 @@
 """What was measured of a model folder, kept beside the run: measured again only where what it depends on changed.
 
 Enters: all that the numbers depend on, and a module that measures. Leaves: `measured/<name>.json` of a run's folder,
-and what is in it. Costs: a look at a few files; where something changed, the module's process.
+what is in it, and the seconds that measuring took. Costs: a look at a few files; where something changed, the module's
+process.
 """
 
 import json
@@ -35,9 +36,10 @@ def held(run_dir: Path, name: str, of: dict[str, Any]) -> dict[str, Any] | None:
     return dict(found["measured"]) if found["of"] == of else None
 
 
-def keep(run_dir: Path, name: str, of: dict[str, Any], measured: dict[str, Any]) -> None:
-    """Write it down, atomically."""
-    LocalFiles(run_dir / FOLDER).write(f"{name}.json", json.dumps({"of": of, "measured": measured}).encode())
+def keep(run_dir: Path, name: str, of: dict[str, Any], measured: dict[str, Any], *, wall_s: float) -> None:
+    """Write it down, atomically. wall_s: that measuring took; nothing depends on it."""
+    kept = {"of": of, "measured": measured, "wall_s": round(wall_s, 3)}
+    LocalFiles(run_dir / FOLDER).write(f"{name}.json", json.dumps(kept).encode())
 
 
 def run_module(module: str, request: dict[str, Any], what: str) -> str:

@@ -5,6 +5,7 @@ machine (a digest is remembered by path, size and time), ingesting the corpus on
 """
 
 import shutil
+import time
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 from stillroom.pipeline.console import Console, Progress
 from stillroom.pipeline.corpus.counts import Counts
 from stillroom.pipeline.corpus.ingest import ingest_if_needed
+from stillroom.pipeline.ledger import Ledger
 from stillroom.pipeline.recipe.schema import Recipe
 from stillroom.storage.errors import IdentityMismatch, RecipeError
 from stillroom.storage.files import open_files
@@ -62,9 +64,15 @@ class Sources:
                 bars[0].advance(counts.tokens - done)
                 done = counts.tokens
 
+            began = time.monotonic()
             manifest, read = ingest_if_needed(
                 self._recipe.corpus, self.tokenizer, out=self.manifest_path, progress=advance
             )
+            spent_s = time.monotonic() - began
+        if read:
+            # Beside the manifest, whose bytes are the same whenever its input is.
+            entry = {"manifest": manifest.digest, "wall_s": round(spent_s, 3)}
+            Ledger(self._recipe.run_dir / "ledger.corpus.jsonl").add(entry)
         counts = Counts.from_dict(manifest.meta.counts)
         self._console.info(f"corpus: {counts.line()}{'' if read else '; unchanged'}")
         for notice in counts.notices() if read else []:

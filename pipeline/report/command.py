@@ -31,9 +31,12 @@ MOST_BYTES = 5_000_000
 def report(folders: Seq[str], html: str, console: Console) -> dict[str, Any]:
     """One page about one or more runs, chains among them. Raises UsageError where a folder is no run."""
     require_plotting()
-    runs = [gather_run(path) for folder in folders for path in run_folders(Path(folder))]
+    given = [
+        (gather_chain(folder), [gather_run(path) for path in run_folders(folder)]) for folder in map(Path, folders)
+    ]
+    runs = [run for _, part in given for run in part]
     label_students(runs)
-    chains = [found for folder in folders if (found := gather_chain(Path(folder))) is not None]
+    chains = [chain for chain, _ in given if chain is not None]
     stores: dict[str, dict[str, Any]] = {}
     for run in runs:
         if run["store"] is not None and run["store"] not in stores:
@@ -45,7 +48,8 @@ def report(folders: Seq[str], html: str, console: Console) -> dict[str, Any]:
                 run["store"] = None
     shown = sum(len(run["students"]) for run in runs)
     groups = [_group(run, tokens_shown(shown, len(runs)), console) for run in runs]
-    title = " · ".join(dict.fromkeys(run["name"] for run in runs))
+    names = [part["name"] for chain, stages in given for part in ([chain] if chain else stages)]
+    title = " · ".join(dict.fromkeys(names))
     page = render(title, runs=runs, chains=chains, stores=stores, groups=groups, made=f"stillroom report of {_now()}")
     return _write(page, html, console) | {
         "runs": [run["folder"] for run in runs],
@@ -53,7 +57,7 @@ def report(folders: Seq[str], html: str, console: Console) -> dict[str, Any]:
         "stores": list(stores),
         "positions_read": sum(store["rows_read"] for store in stores.values()),
         "tokens_shown": sum(d["shown"] for group in groups for d in group["documents"]),
-        "missing": [sentence for run in runs for sentence in run["missing"]],
+        "missing": [sentence for part in (*chains, *runs) for sentence in part["missing"]],
     }
 
 

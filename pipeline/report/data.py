@@ -5,6 +5,7 @@ words. Costs: the student's logs, about 400 bytes a step, and the corpus manifes
 """
 
 import json
+import re
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 import yaml
 
 from stillroom.pipeline.ledger import Ledger
+from stillroom.pipeline.report.spent import corpus_s, evaluation_s, generation
+from stillroom.pipeline.run_status import STAGES
 from stillroom.pipeline.student.bindings import EXPORT, RESULT
 from stillroom.storage.errors import StillroomError, UsageError
 from stillroom.storage.files import open_files
@@ -30,13 +33,17 @@ RESOLVED = "recipe.resolved.yaml"
 
 
 def run_folders(folder: Path) -> list[Path]:
-    """The run itself, or the stages of a chain (`stages/NAME/`), in the order in which they were begun.
+    """The run itself, or the stages of a chain (`stages/NAME/`) that have begun, in the chain's order; where that is
+    not told, in the order in which they were begun.
 
     Raises UsageError where there is neither.
     """
     stages = [path.parent for path in folder.glob(f"stages/*/{RESOLVED}")]
     own = [folder] if (folder / RESOLVED).is_file() else []
-    found = own + sorted(stages, key=lambda path: ((path / RESOLVED).stat().st_mtime_ns, path.name))
+    order = {name: at for at, name in enumerate(_stages(folder))}
+    found = own + sorted(
+        stages, key=lambda path: (order.get(path.name, len(order)), (path / RESOLVED).stat().st_mtime_ns, path.name)
+    )
     if not found:
         raise UsageError(
             f"{folder} is no run: it has no {RESOLVED}; give the folder that the recipe's run_dir names, or for a "
@@ -46,18 +53,42 @@ def run_folders(folder: Path) -> list[Path]:
 
 
 def gather_chain(folder: Path) -> dict[str, Any] | None:
-    """name and students of a chain's summary, one row for each student of all stages; None of a plain run, and of a
-    chain that has not ended."""
-    summary = _json(folder / "summary.json")
-    if summary is None or not isinstance(summary.get("stages"), list):
+    """Of a chain: name, students (of its summary, one row for each student of all stages), missing (sentences). None of
+    a plain run."""
+    listed, summary = _json(folder / STAGES), _json(folder / "summary.json")
+    if summary is not None and not isinstance(summary.get("stages"), list):
+        summary = None
+    if listed is None and summary is None:
         return None
-    rows = [row for row in summary.get("students") or [] if isinstance(row, dict)]
-    return {"name": str(summary.get("recipe") or folder.name), "students": rows} if rows else None
+    name = str((summary or {}).get("recipe") or (listed or {}).get("recipe") or folder.name)
+    waiting = [stage for stage in _stages(folder) if not (folder / "stages" / stage / RESOLVED).is_file()]
+    missing = [f"Stage {stage} has not begun." for stage in waiting]
+    if summary is None:
+        missing.append("The chain has not ended (no summary.json): its stages are not compared.")
+    rows = [row for row in (summary or {}).get("students") or [] if isinstance(row, dict)]
+    return {"name": name, "students": rows, "missing": missing}
+
+
+def _stages(folder: Path) -> list[str]:
+    """Names of a chain's stages in order, where its run has told them."""
+    listed = (_json(folder / STAGES) or {}).get("stages") or []
+    return [str(stage["name"]) for stage in listed if isinstance(stage, dict) and "name" in stage]
+
+
+def teacher_shown(model: str) -> str:
+    """Of a student of an earlier stage its stage and name, as in the table that compares stages; else the model.
+
+    >>> teacher_shown("runs/chain/stages/half/students/small/export"), teacher_shown("org/model")
+    ('half/small', 'org/model')
+    """
+    found = re.search(r"(?:^|/)stages/([^/]+)/students/([^/]+)/export/?$", model)
+    return f"{found[1]}/{found[2]}" if found else model
 
 
 def gather_run(folder: Path) -> dict[str, Any]:
-    """Keys: name, folder, recipe (as resolved), summary and evaluation or None, corpus, ledger, students, store (a URI
-    that opens, or None), missing (sentences). Raises UsageError if the recipe cannot be read."""
+    """Keys: name, folder, recipe (as resolved), summary and evaluation or None, evaluation_s, generation, corpus,
+    ledger, students, store (a URI that opens, or None), missing (sentences). Raises UsageError if the recipe cannot be
+    read."""
     recipe = _recipe(folder / RESOLVED)
     missing: list[str] = []
     summary = _json(folder / "summary.json")
@@ -79,6 +110,8 @@ def gather_run(folder: Path) -> dict[str, Any]:
         "recipe": recipe,
         "summary": summary,
         "evaluation": evaluation,
+        "evaluation_s": evaluation_s(folder, [str(m.get("name")) for m in (evaluation or {}).get("models") or []]),
+        "generation": generation(folder, recipe, missing),
         "corpus": _corpus(folder / "corpus.parquet", missing),
         "ledger": ledger_rows(Ledger(folder / "ledger.jsonl").entries(), [s["name"] for s in students]),
         "students": students,
@@ -129,6 +162,7 @@ def _corpus(path: Path, missing: list[str]) -> dict[str, Any] | None:
     counts = meta.counts
     return {
         "bytes": path.stat().st_size,
+        "wall_s": corpus_s(path.parent, meta.rows_digest),
         "window": meta.window,
         "documents": counts.get("documents"),
         "heldout_documents": counts.get("heldout_documents"),

@@ -8,7 +8,7 @@ from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
 
-from stillroom.pipeline.report import plots, run_parts, store_parts
+from stillroom.pipeline.report import picture, plots, run_parts, store_parts
 from stillroom.pipeline.report.markup import esc, script_json, section
 
 #: Nothing is fetched, whatever a text in the page says.
@@ -32,7 +32,7 @@ def render(
     items: list[dict[str, Any]] = []
     parts: list[str] = []
     if runs:
-        pictures = "".join(run_parts.picture(run, stores.get(run["store"] or ""), titled=len(runs) > 1) for run in runs)
+        pictures = "".join(picture.picture(run, stores.get(run["store"] or ""), titled=len(runs) > 1) for run in runs)
         parts.append(section("pipeline", "Pipeline", pictures))
         parts.append(run_parts.chains(chains, runs))
         parts.append(run_parts.evaluation(runs))
@@ -40,8 +40,9 @@ def render(
         parts.append(html)
         items += found
         parts.append(run_parts.reuse(runs, stores))
-    for at, store in enumerate(stores.values()):
-        html, found = store_parts.store(store, at, several=len(stores) > 1)
+    for at, (uri, store) in enumerate(stores.items()):
+        used_by = [run["name"] for run in runs if run["store"] == uri]
+        html, found = store_parts.store(store, at, several=len(stores) > 1, used_by=used_by)
         parts.append(html)
         items += found
     parts.append(store_parts.tokens(groups))
@@ -66,7 +67,7 @@ def render(
 <body>
 <header><h1>{esc(title)}</h1><p class="quiet">{esc(made)}</p><nav aria-label="Parts of the page">{nav}</nav></header>
 <main>
-{run_parts.missing(runs)}
+{run_parts.missing(runs, chains)}
 {body}
 </main>
 <footer><p>Made by stillroom; this file holds all that it shows and asks for nothing else.</p></footer>

@@ -1,4 +1,4 @@
-"""The page's parts about runs: the pipeline's picture, the table of models, every student's curves, the ledger.
+"""The page's parts about runs: the table of models, every student's curves, the ledger.
 
 Enters: what `data.gather_run` found. Leaves: HTML, and figures for the page's script. Costs: nothing that counts.
 """
@@ -6,8 +6,10 @@ Enters: what `data.gather_run` found. Leaves: HTML, and figures for the page's s
 from collections.abc import Sequence as Seq
 from typing import Any
 
+from stillroom.pipeline.harness import shown as tasks_shown
 from stillroom.pipeline.report import plots
 from stillroom.pipeline.report.markup import NONE, count, esc, figure, key, number, seconds, section, share, size, table
+from stillroom.pipeline.report.store_parts import title_of
 
 #: key, title, axis, logarithmic, a share, dots at every point.
 _CURVES = (
@@ -21,6 +23,9 @@ _CURVES = (
     ("lr", "Learning rate", "learning rate", False, False, False),
 )
 
+#: Kinds of held-out text, and a column's words for its perplexity.
+_KINDS = (("teacher_text", "on teacher text"), ("ground_truth", "on ground truth"))
+
 
 def label_students(runs: Seq[dict[str, Any]]) -> None:
     """Give every student of the page its `label` and `number`; the number is its colour everywhere."""
@@ -32,9 +37,10 @@ def label_students(runs: Seq[dict[str, Any]]) -> None:
             at += 1
 
 
-def missing(runs: Seq[dict[str, Any]]) -> str:
+def missing(runs: Seq[dict[str, Any]], chains: Seq[dict[str, Any]] = ()) -> str:
     """What is not there, said before anything else; nothing where all is."""
-    said = [
+    said = [esc(sentence) for chain in chains for sentence in chain["missing"]]
+    said += [
         esc(sentence) if len(runs) == 1 else f"<b>{esc(run['name'])}</b>: {esc(sentence)}"
         for run in runs
         for sentence in run["missing"]
@@ -45,82 +51,15 @@ def missing(runs: Seq[dict[str, Any]]) -> str:
     return f'<div class="missing" role="note"><strong>What this page lacks</strong><ul>{items}</ul></div>'
 
 
-def picture(run: dict[str, Any], store: dict[str, Any] | None, *, titled: bool) -> str:
-    """Corpus → teacher → store → students → evaluation with times and bytes."""
-    corpus, ledger = run["corpus"] or {}, run["ledger"]
-    spent = sum(row["wall_s"] for row in ledger)
-    scored = sum(row["tokens_scored"] for row in ledger)
-    teacher = str((run["recipe"].get("teacher") or {}).get("model") or NONE)
-    stages = [
-        _stage("Corpus", "--ink-2", f"{count(corpus.get('documents'))} documents", [
-            ("tokens", count(corpus.get("tokens"))),
-            ("held out", f"{count(corpus.get('heldout_documents'))} documents"),
-            ("bytes", size(corpus.get("bytes"))), ("time", "not recorded"),
-        ]),
-        _stage("Teacher", "--t0", esc(teacher), [
-            ("batches", count(sum(row["teacher_batches"] for row in ledger))),
-            ("tokens/s", count(scored / spent if spent else None)),
-            ("bytes", size(sum(row["bytes_written"] for row in ledger))), ("time", seconds(spent if ledger else None)),
-        ]),
-        _stage("Store", "--t1", esc(store["signal"]) if store else "not there", [
-            ("shards", count(store["shards"] if store else None)),
-            ("per token", number(store["bytes_per_token"], 1, " B") if store else NONE),
-            ("bytes", size(store["bytes"] if store else None)), ("time", "with the teacher's"),
-        ]),
-    ]  # fmt: skip
-    if run["students"]:
-        inner = "".join(_student_box(student) for student in run["students"])
-        stages.append(f'<li style="--c:var(--s{run["students"][0]["number"] % 8})"><h3>Students</h3>{inner}</li>')
-    measured = (run["evaluation"] or {}).get("models") or []
-    stages.append(
-        _stage("Evaluation", "--ink-2", f"{len(measured)} models" if measured else "not yet", [
-            ("positions", count(measured[0].get("heldout_positions") if measured else None)),
-            ("time", "not recorded"),
-        ])
-    )  # fmt: skip
-    title = f"<h3>{esc(run['name'])}</h3>" if titled else ""
-    return f'{title}<ol class="flow">{"".join(stages)}</ol>{_times(run, spent)}'
-
-
-def _stage(title: str, colour: str, who: str, lines: Seq[tuple[str, str]]) -> str:
-    rows = "".join(f"<div><dt>{esc(name)}</dt><dd>{value}</dd></div>" for name, value in lines)
-    return f'<li style="--c:var({colour})"><h3>{esc(title)}</h3><p class="who">{who}</p><dl>{rows}</dl></li>'
-
-
-def _student_box(student: dict[str, Any]) -> str:
-    result = student["result"] or {}
-    rows = [
-        ("steps", count(result.get("steps", student["steps"] or None))),
-        ("bytes", size(student["export_bytes"])),
-        ("time", seconds(result.get("seconds"))),
-    ]
-    lines = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in rows)
-    colour = plots.student_colour(student["number"])
-    return f'<div class="one"><p class="who">{key(colour)}{esc(student["name"])}</p><dl>{lines}</dl></div>'
-
-
-def _times(run: dict[str, Any], spent: float) -> str:
-    """Where the recorded time went, as one bar."""
-    parts = [("teacher", "--t0", spent)] if spent else []
-    parts += [
-        (s["name"], plots.student_colour(s["number"]), s["result"].get("seconds") or 0.0)
-        for s in run["students"]
-        if s["result"]
-    ]
-    total = sum(part[2] for part in parts)
-    if not total:
-        return ""
-    bar = "".join(f'<span style="--c:var({colour});flex:{value / total:.4f}"></span>' for _, colour, value in parts)
-    legend = "".join(
-        f"<li>{key(colour)}{esc(name)} {seconds(value)} ({share(value / total, 0)})</li>"
-        for name, colour, value in parts
-    )
-    head = f'<h3>Recorded time, {seconds(total)}</h3><div class="times" aria-hidden="true">{bar}</div>'
-    return f'{head}<ul class="legend">{legend}</ul>'
-
-
 def evaluation(runs: Seq[dict[str, Any]]) -> str:
-    """The table of teacher and students on the held-out documents."""
+    """The table of teacher and students on the held-out documents.
+
+    Perplexity by kind of text, likeness of answers and downstream tasks are columns where a model has them.
+    """
+    models = [model for run in runs for model in (run["evaluation"] or {}).get("models") or []]
+    kinds = [kind for kind in _KINDS if any(f"perplexity_{kind[0]}" in model for model in models)]
+    answered = [model["answers"] for model in models if model.get("answers")]
+    tasks = tasks_shown(models)
     rows = []
     for run in runs:
         known = {student["name"]: student for student in run["students"]}
@@ -136,29 +75,64 @@ def evaluation(runs: Seq[dict[str, Any]]) -> str:
                     number(model.get("latency_ms_per_token"), 1, " ms"),
                     size(model.get("peak_memory_bytes")),
                     number(model.get("perplexity"), 2),
+                    *(_change(model, student, f"perplexity_{kind}") for kind, _ in kinds),
                     number(model.get("ece"), 3),
                     number(model.get("kl"), 3, " nats"),
                     share(model.get("top1")),
+                    *(
+                        [
+                            number((model.get("answers") or {}).get("bleu"), 1),
+                            number((model.get("answers") or {}).get("rouge_l"), 3),
+                        ]
+                        if answered
+                        else ()
+                    ),
+                    *(number(((model.get("lm_eval") or {}).get(task) or {}).get(metric), 3) for task, metric in tasks),
                 ]
             )
     if not rows:
         return ""
     columns = [
-        "model", "parameters", "weights", "per token", "peak memory", "perplexity", "ECE", "KL to teacher", "top-1",
+        "model", "parameters", "weights", "per token", "peak memory", "perplexity", *(said for _, said in kinds), "ECE",
+        "KL to teacher", "top-1", *(("BLEU", "ROUGE-L") if answered else ()),
+        *(f"{task} {metric}" for task, metric in tasks),
     ]  # fmt: skip
+    whose = "the stored teacher of its stage" if len(_teachers(runs)) > 1 else "the stored teacher"
     note = (
         '<p class="quiet">On the held-out documents. ECE: expected calibration error. KL and top-1 agreement: student '
-        "against the stored teacher, at T = 1.</p>"
+        f"against {whose}, at T = 1.{_by_kind(kinds)}{_asked(answered)}</p>"
     )
     return section("evaluation", "Evaluation", note + table(columns, rows, name="Evaluation"))
+
+
+def _change(model: dict[str, Any], student: dict[str, Any] | None, key: str) -> str:
+    """Of a student before → after training, where it was measured before."""
+    after = model.get(key)
+    before = (((student or {}).get("result") or {}).get("before") or {}).get(key)
+    return number(after, 2) if before is None or after is None else f"{number(before, 2)} → {number(after, 2)}"
+
+
+def _by_kind(kinds: Seq[tuple[str, str]]) -> str:
+    if not kinds:
+        return ""
+    return " Perplexity on text that the teacher wrote and on other text (ground truth): before → after training."
+
+
+def _asked(answers: Seq[dict[str, Any]]) -> str:
+    """What BLEU and ROUGE-L are of."""
+    if not answers:
+        return ""
+    asked = sorted({int(found["prompts"]) for found in answers if found.get("prompts")})
+    of = f"{' or '.join(f'{n:,}' for n in asked)} held-out prompts" if asked else "held-out prompts"
+    return f" BLEU and ROUGE-L: each student's answers to {of} against the teacher's kept responses."
 
 
 def chains(found: Seq[dict[str, Any]], runs: Seq[dict[str, Any]]) -> str:
     """Students of all stages beside each other, against the teacher with which their chain began."""
     numbers = {(run["name"], s["name"]): s["number"] for run in runs for s in run["students"]}
     columns = [
-        "student", "taught by", "layers", "parameters", "steps", "with its teachers'", "KL to its teacher",
-        "KL to the first", "top-1 of the first", "perplexity",
+        "student", "KL to the first teacher", "top-1 of the first teacher", "KL to its own teacher", "perplexity",
+        "steps", "steps with its teachers'", "layers", "parameters", "taught by",
     ]  # fmt: skip
     tables = []
     for chain in found:
@@ -167,18 +141,20 @@ def chains(found: Seq[dict[str, Any]], runs: Seq[dict[str, Any]]) -> str:
                 _keyed(
                     numbers.get((row.get("stage"), row.get("student"))), f"{row.get('stage')}: {row.get('student')}"
                 ),
-                esc(row.get("teacher")),
-                count(row.get("layers")),
-                _millions(row.get("parameters")),
-                count(row.get("steps")),
-                count(row.get("steps_with_teachers")),
-                number(row.get("kl_to_own_teacher"), 3, " nats"),
                 number(row.get("kl_to_first_teacher"), 3, " nats"),
                 share(row.get("top1_to_first_teacher")),
+                number(row.get("kl_to_own_teacher"), 3, " nats"),
                 number(row.get("perplexity"), 2),
+                count(row.get("steps")),
+                count(row.get("steps_with_teachers")),
+                count(row.get("layers")),
+                _millions(row.get("parameters")),
+                f'<span class="long">{esc(row.get("teacher"))}</span>',
             ]
             for row in chain["students"]
         ]
+        if not rows:
+            continue
         tables.append(f"<h3>{esc(chain['name'])}</h3>" + table(columns, rows, name="Students of all stages"))
     note = (
         '<p class="quiet">Only against the first teacher can a chain be held beside direct distillation: the teacher '
@@ -211,8 +187,13 @@ def curves(runs: Seq[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
         figures.append(figure(anchor, title, _words(title, shown), _numbers(shown)))
     each = max(s["steps_per_point"] for s in students)
     thinned = f" Long logs are thinned: a point is the mean of up to {each} steps." if each > 1 else ""
-    note = f'<p class="quiet">From each student\'s log, step by step.{thinned}</p><ul class="legend">{legend}</ul>'
+    own = " KL and agreement are with each student's own teacher." if len(_teachers(runs)) > 1 else ""
+    note = f'<p class="quiet">From each student\'s log, step by step.{own}{thinned}</p><ul class="legend">{legend}</ul>'
     return section("curves", "Training", f'{note}<div class="plots">{"".join(figures)}</div>'), items
+
+
+def _teachers(runs: Seq[dict[str, Any]]) -> set[str]:
+    return {str((run["recipe"].get("teacher") or {}).get("model")) for run in runs}
 
 
 def _words(title: str, shown: Seq[tuple[str, int, Seq[tuple[float, float]]]]) -> str:
@@ -249,21 +230,33 @@ def reuse(runs: Seq[dict[str, Any]], stores: dict[str, dict[str, Any]]) -> str:
     if not rows:
         return ""
     columns = ["on behalf of", "teacher's batches", "units", "tokens scored", "bytes written", "teacher's time"]
-    later = [row for run in runs for row in run["ledger"][1:]]
-    free = (
-        " Every student after the first cost it nothing."
-        if later and not any(r["teacher_batches"] for r in later)
-        else ""
-    )
-    note = f'<p class="quiet">What the teacher did for each student, over all commands of the run.{free}</p>'
-    kept = "".join(_kept(found) for found in stores.values() if found["reuse"] and found["reuse"]["uses"])
+    note = f'<p class="quiet">What the teacher did for each student, over all commands of the run.{_free(runs)}</p>'
+    kept = ""
+    for uri, found in stores.items():
+        used_by = [run["name"] for run in runs if run["store"] == uri]
+        if found["reuse"] and found["reuse"]["uses"]:
+            kept += _kept(found, f"The store {title_of(found, used_by)}" if len(stores) > 1 else "The store")
     return section("reuse", "Reuse", note + table(columns, rows, name="Reuse") + kept)
 
 
-def _kept(store: dict[str, Any]) -> str:
+def _free(runs: Seq[dict[str, Any]]) -> str:
+    """That a store costs its teacher nothing after the first student, where the ledgers show it."""
+    by_store: dict[Any, list[dict[str, Any]]] = {}
+    for at, run in enumerate(runs):
+        by_store.setdefault(run["store"] or at, []).extend(run["ledger"])
+    later = [row for rows in by_store.values() for row in rows[1:]]
+    if not later or any(row["teacher_batches"] for row in later):
+        return ""
+    if len(by_store) > 1:
+        return " Every student after the first of its store cost the teacher nothing."
+    return " Every student after the first cost it nothing."
+
+
+def _kept(store: dict[str, Any], which: str) -> str:
     held = store["reuse"]
     hours = [held["teacher_hours_spent"], held["teacher_hours_live"]]
-    words = f"The store has served {held['uses']} students ({', '.join(map(esc, held['students']))}), "
+    uses, names = held["uses"], ", ".join(map(esc, held["students"]))
+    words = f"{esc(which)} has served {uses} student{'s' * (uses != 1)} ({names}), "
     words += f"{number(held['passes'], 2)} passes over its tokens."
     if None not in hours:
         words += (

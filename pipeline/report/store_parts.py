@@ -4,17 +4,20 @@ Enters: what `store_data.gather_store` found. Leaves: HTML, and figures for the 
 counts.
 """
 
+from collections.abc import Sequence as Seq
 from typing import Any
 
 from stillroom.pipeline.report import plots
+from stillroom.pipeline.report.data import teacher_shown
 from stillroom.pipeline.report.markup import count, esc, facts, figure, key, number, section, share, size, table
 
 
-def store(found: dict[str, Any], at: int, *, several: bool) -> tuple[str, list[dict[str, Any]]]:
-    """(HTML, figures) of a store. at: its number on the page."""
+def store(found: dict[str, Any], at: int, *, several: bool, used_by: Seq[str] = ()) -> tuple[str, list[dict[str, Any]]]:
+    """(HTML, figures) of a store. at: its number on the page. used_by: names of the page's runs that learn from it."""
+    teacher = teacher_shown(found["teacher"]) if used_by else found["teacher"]
     head = facts(
         [
-            ("teacher", esc(found["teacher"])),
+            ("teacher", esc(teacher)),
             ("signal", esc(found["signal"])),
             ("tokens", count(found["tokens"])),
             ("size of the shards", size(found["bytes"])),
@@ -27,9 +30,14 @@ def store(found: dict[str, Any], at: int, *, several: bool) -> tuple[str, list[d
     figures, items = _figures(found, at)
     places = f'<div class="plots wide">{"".join(figures)}</div>'
     body = head + _read(found) + places + _columns(found) + _fidelity(found)
-    title = f"Store {found['store'].rpartition('/')[2]}" if several else "Store"
+    title = f"Store {title_of(found, used_by)}" if several else "Store"
     path = f'<p class="quiet">{esc(found["store"])}</p>'
     return section("store" if at == 0 else f"store-{at}", title, path + body), items
+
+
+def title_of(found: dict[str, Any], used_by: Seq[str]) -> str:
+    """What tells a store from the page's others: the stores of a chain's stages all have the same folder's name."""
+    return f"of {', '.join(used_by)}" if used_by else str(found["store"].rpartition("/")[2])
 
 
 def _read(found: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ can a chain be held beside direct distillation. Steps count the student's own, a
 """
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,9 @@ def _against(root: Stage, stage: Stage, student: str, console: Console) -> dict[
             "device": recipe.teacher.device,
         }  # fmt: skip
         what = f"measuring {student} in {folder} against {snapshot}"
+        began = time.monotonic()
         found = dict(json.loads(run_module("stillroom.pipeline.student.against", request, what)))
-        keep(recipe.run_dir, name, wanted, found)
+        keep(recipe.run_dir, name, wanted, found, wall_s=time.monotonic() - began)
     return found
 
 

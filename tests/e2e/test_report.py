@@ -10,7 +10,7 @@ import pytest
 
 from stillroom.pipeline.cli import main
 from tests.browser import NEEDED, Browser, browser
-from tests.pipeline.report.world import HOSTILE, make_run
+from tests.pipeline.report.world import HOSTILE, add_generation, make_run
 
 pytestmark = [pytest.mark.real, NEEDED]
 
@@ -49,6 +49,7 @@ def settled(open_: Browser) -> None:
 def test_the_page_in_a_browser(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """No console error, no request, no page wider than a phone; the viewer answers hover, keyboard and tap."""
     run = make_run(tmp_path / "world", students=("cut",))
+    add_generation(run)
     page = tmp_path / "page.html"
     assert main(["report", str(run), "--html", str(page), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["missing"] == []  # the student's process has answered
@@ -57,6 +58,7 @@ def test_the_page_in_a_browser(tmp_path: Path, capsys: pytest.CaptureFixture[str
             opened.open(page, width=width, dark=width == 360)
             settled(opened)
             assert opened.run("return document.documentElement.scrollWidth") <= width
+            assert "dropped, duplicate" in opened.run("return document.getElementById('pipeline').innerText")
             _text_is_text(opened)
             _keyboard(opened)
             _pointer(opened)

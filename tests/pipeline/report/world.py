@@ -6,6 +6,8 @@ from typing import Any
 
 import yaml
 
+from stillroom.pipeline.corpus.verdicts import KEPT, Verdict, write_verdicts
+from stillroom.pipeline.recipe.schema import VERDICTS
 from stillroom.pipeline.report.data import RESOLVED
 from stillroom.pipeline.token_text import keep_token_table
 from stillroom.storage.store import open_store
@@ -66,6 +68,26 @@ def records(number: int, steps: int) -> list[dict[str, Any]]:
 
 def _evaluation(step: int, kl: float) -> dict[str, Any]:
     return {"kind": "evaluation", "step": step, "kl": kl, "top1": 1 / (1 + kl), "perplexity": 10 * kl}
+
+
+def add_generation(folder: Path) -> None:
+    """A run's generating stage, and what students made of its responses, with made-up numbers."""
+    path = folder / RESOLVED
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"generate": {"path": "generations"}}))
+    reasons = (KEPT, "duplicate", "truncated", KEPT)
+    verdicts = [Verdict("p", n, f"s{n}", "u", n + 1, -1.0, 0.0, None, None, reason) for n, reason in enumerate(reasons)]
+    write_verdicts(folder / VERDICTS, verdicts, {})
+    lines = [{"units_scored": units, "rows": 50, "bytes_written": 1000 * units, "wall_s": 2.0} for units in (1, 2)]
+    (folder / "ledger.generate.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    for number, model in enumerate(evaluation["models"]):
+        model |= {"perplexity_teacher_text": 8.0 + number, "perplexity_ground_truth": 13.0 + number}
+        if number:
+            model["answers"] = {"prompts": 5, "ended": 0.8, "bleu": 20.5 + number, "rouge_l": 0.4333}
+            path = folder / "students" / model["name"] / "result.json"
+            before = {"perplexity_teacher_text": 30.0, "perplexity_ground_truth": 40.0}
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"before": before}))
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
 
 
 def _model(name: str, number: int) -> dict[str, Any]:
