@@ -9,10 +9,12 @@ loss, a threshold of the gap between student and teacher.
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from stillroom.pipeline.student.progress import Progress
 from stillroom.pipeline.student.run_config import AdvanceConfig
+from stillroom.storage.errors import StudentError
 
 
 @dataclass(frozen=True)
@@ -79,3 +81,30 @@ def decide(config: AdvanceConfig, evaluations: Sequence[Evaluation]) -> Decision
         return None
     assert last.value is not None
     return Decision(last.step, "plateau", config.plateau.metric, last.value, best, since)
+
+
+def require_heldout(empty: bool) -> None:
+    """Raises StudentError where nothing is held out: `empty`."""
+    if empty:
+        raise StudentError(
+            "advance looks at evaluations, and the corpus has no held-out documents: set corpus.heldout, or leave "
+            "out advance"
+        )
+
+
+def decided(
+    wanted: AdvanceConfig | None, progress: Progress, metrics: dict[str, Any] | None
+) -> tuple[Progress, Decision | None]:
+    """With the evaluation after `progress.step` steps, and the decision to end there, if they all say that."""
+    if wanted is None or metrics is None:
+        return progress, None
+    seen = [*progress.evaluations, asdict(evaluation(wanted, progress.step, metrics))]
+    progress, decision = replace(progress, evaluations=seen), decide(wanted, [Evaluation(**row) for row in seen])
+    if decision is not None:
+        progress = replace(progress, advanced={**decision.as_dict(), "metrics": metrics})
+    return progress, decision
+
+
+def stated(advanced: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Of a run's result: the decision, without the metrics."""
+    return None if advanced is None else {key: value for key, value in advanced.items() if key != "metrics"}

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from stillroom.pipeline.student.device import choose_device
 from stillroom.pipeline.student.evaluate import evaluate
 from stillroom.pipeline.student.forward import student_head
 from stillroom.pipeline.student.losses import StudentHead
-from stillroom.pipeline.student.session import choose_device
 from stillroom.pipeline.student.teaching import Teaching
 from stillroom.storage.manifest import Manifest
 from stillroom.storage.snapshot import Snapshot

@@ -8,23 +8,16 @@ the better once training has begun to overfit, and what follows does not depend 
 """
 
 import math
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 from stillroom.pipeline.student.config import KeepBest
+from stillroom.pipeline.student.progress import Best, Progress
 from stillroom.storage.errors import StudentError
 
 #: Metrics of which more is better; of the others less is.
 RISING = frozenset({"top1", "top5"})
-
-
-class Best(TypedDict):
-    """step: after so many. value: of the metric. metrics: all of that evaluation."""
-
-    step: int
-    metric: str
-    value: float
-    metrics: dict[str, Any]
 
 
 def require_measured(wanted: KeepBest, metrics: dict[str, Any] | None) -> None:
@@ -54,6 +47,14 @@ def better(wanted: KeepBest, step: int, metrics: dict[str, Any], than: Best | No
         return found
     rises = wanted.metric in RISING
     return found if (value > than["value"] if rises else value < than["value"]) else None
+
+
+def judged(wanted: KeepBest | None, progress: Progress, metrics: dict[str, Any] | None) -> Progress:
+    """With the evaluation after `progress.step` steps as the best, if it is that."""
+    if wanted is None or metrics is None:
+        return progress
+    found = better(wanted, progress.step, metrics, progress.best)
+    return progress if found is None else replace(progress, best=found)
 
 
 def stated(best: Best | None) -> dict[str, Any] | None:

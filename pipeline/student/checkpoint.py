@@ -13,7 +13,7 @@ synced, then renamed. A folder under its final name is complete; its digests sho
 import hashlib
 import json
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stillroom.pipeline.student import rng
-from stillroom.pipeline.student.best import Best
 from stillroom.pipeline.student.bindings import Bindings, require_same
+from stillroom.pipeline.student.distributed import Ranks
+from stillroom.pipeline.student.progress import Progress
+from stillroom.pipeline.student.trainer import Trainer
 from stillroom.storage.errors import StudentError
 from stillroom.storage.files import sync_to_disk
 
@@ -33,37 +35,37 @@ PREFIX = "step-"
 TENSOR_FILES = ("model.safetensors", "optimizer.safetensors", "rng.safetensors")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Progress:
-    """How far a run is.
+class Checkpoints:
+    """Those of a run, for all its ranks: the first one writes, all read. keep_last: how many stay beside the best."""
 
-    step: optimizer steps done. packs: the stream's cursor, packs consumed over all epochs.
-    tokens: real tokens read; trained: positions that carried loss. seconds: spent in training; waited: those of them
-    in which a step waited for its packs.
-    skipped: steps left out (loss not finite, or nothing to learn). loss: of the last step that was not.
-    before: metrics before training.
-    scaler: state of the loss' scale, in float16; scaler_skipped: steps that overflowed under it.
-    best: the best evaluation so far, of a run that keeps it (`best.Best`).
-    evaluations: on the way so far, of a run with `advance` (`advance.Evaluation`). advanced: its decision, and the
-    metrics of that evaluation.
-    owes_evaluation: stopped at a step after which an evaluation was due and did not come.
-    """
+    def __init__(self, folder: Path, *, trainer: Trainer, bindings: Bindings, keep_last: int, ranks: Ranks) -> None:
+        self._folder, self._trainer, self._bindings = folder, trainer, bindings
+        self._keep_last, self._ranks = keep_last, ranks
 
-    step: int = 0
-    packs: int = 0
-    tokens: int = 0
-    trained: int = 0
-    seconds: float = 0.0
-    waited: float = 0.0
-    skipped: int = 0
-    loss: float | None = None
-    before: dict[str, Any] | None = None
-    scaler: dict[str, Any] | None = None
-    scaler_skipped: int = 0
-    best: Best | None = None
-    evaluations: list[dict[str, Any]] = field(default_factory=list)
-    advanced: dict[str, Any] | None = None
-    owes_evaluation: bool = False
+    def restore(self) -> tuple[Progress, list[str]]:
+        """`load_latest` into the trainer. One rank after the other: the first sets damaged ones aside, the others then
+        find what it found."""
+        progress, notices = self._ranks.in_turn(
+            lambda: load_latest(
+                self._folder, bindings=self._bindings, model=self._trainer.kept, optimizer=self._trainer.optimizer
+            )
+        )
+        self._trainer.scaler.restore(progress.scaler)
+        return progress, notices
+
+    def save(self, progress: Progress) -> None:
+        """All ranks are here when it is written."""
+        if self._ranks.first:
+            save(
+                self._folder, progress=progress, bindings=self._bindings, model=self._trainer.kept,
+                optimizer=self._trainer.optimizer, keep_last=self._keep_last,
+            )  # fmt: skip
+        self._ranks.barrier()
+
+    def back_to(self, step: int) -> tuple[Path, str | None]:
+        """Put the weights after `step` steps into the trainer's model; (checkpoint, what is wrong with it or None)."""
+        path = folder_of(self._folder, step)
+        return path, load_weights(path, self._trainer.kept)
 
 
 def save(

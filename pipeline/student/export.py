@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from stillroom.pipeline.student.bindings import EXPORT, RESULT
-from stillroom.pipeline.student.config import ModelConfig
+from stillroom.pipeline.student.config import ModelConfig, StudentConfig
 from stillroom.pipeline.student.lora import merge, save_adapter
+from stillroom.pipeline.student.progress import Progress
 from stillroom.storage.files import LocalFiles
 
 #: Inside of the export.
@@ -42,6 +43,29 @@ def export_model(model: Any, tokenizer: Any, run_dir: Path, *, dtype: str, adapt
     temporary.rename(final)
     shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def result_of(
+    config: StudentConfig, model: Any, progress: Progress, *, after: dict[str, Any] | None, trained: int, scaled: bool
+) -> dict[str, Any]:
+    """What `result.json` says of the model and of its training. after: metrics of what is exported. trained:
+    parameters that were. scaled: whether the loss was, in float16."""
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        **({"trained_parameters": trained} if config.lora else {}),
+        "layers": getattr(model.config, "num_hidden_layers", None),
+        "steps": progress.step,
+        "packs": progress.packs,
+        "tokens": progress.tokens,
+        "trained_positions": progress.trained,
+        "skipped_steps": progress.skipped,
+        **({"scaler_skipped": progress.scaler_skipped} if scaled else {}),
+        "seconds": round(progress.seconds, 3),
+        "seconds_waited": round(progress.waited, 3),
+        "loss": progress.loss,
+        "before": progress.before,
+        "after": after,
+    }
 
 
 def write_result(run_dir: Path, result: dict[str, Any]) -> None:

@@ -22,6 +22,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from torch.utils.tensorboard import SummaryWriter
 
 from stillroom.pipeline.student.bindings import LOG
+from stillroom.pipeline.student.distributed import PackName
+from stillroom.pipeline.student.trainer import StepResult
 from stillroom.pipeline.student.watch import Watch
 
 #: What of a step's record goes to TensorBoard.
@@ -144,6 +146,32 @@ class Silence(RunLog):
 
     def decision(self, decision: dict[str, Any]) -> None:
         pass
+
+
+def step_record(step: int, packs: list[PackName], result: StepResult, *, took: float, waited: float) -> dict[str, Any]:
+    """A line of `log.jsonl`: all of it but the two last is the same when the run is repeated."""
+    return {
+        "step": step,
+        "loss": result.loss,
+        "kd": result.kd,
+        "ce": result.ce,
+        "features": result.features,
+        "lr": result.values.lr,
+        "temperature": result.values.temperature,
+        "alpha": result.values.alpha,
+        "weights": result.values.weights,
+        "phase": result.phase,
+        "grad_norm": result.grad_norm,
+        **({} if result.scale is None else {"scale": result.scale, "overflowed": result.overflowed}),
+        "skipped": result.skipped,
+        "tokens": result.tokens,
+        "trained": result.trained,
+        "epoch": packs[0].epoch,
+        "packs": [pack.index for pack in packs],
+        "sequences": [pack.sequence for pack in packs],
+        "tokens_per_s": round(result.tokens / took, 1),
+        "data_wait": round(waited / took, 4),
+    }
 
 
 def steps_of(run_dir: Path) -> Iterator[dict[str, Any]]:

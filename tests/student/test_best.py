@@ -11,8 +11,9 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from stillroom.pipeline.student import evaluate as evaluating
-from stillroom.pipeline.student.best import Best, better, require_measured
+from stillroom.pipeline.student.best import better, require_measured
 from stillroom.pipeline.student.config import KeepBest, StudentConfig
+from stillroom.pipeline.student.progress import Best
 from stillroom.storage.errors import StudentError
 from tests.student.test_session import go, log_of
 from tests.student.world import World, cut_after
@@ -92,7 +93,7 @@ def test_a_run_stopped_before_a_due_evaluation_makes_up_for_it(
             raise KeyboardInterrupt
         return real(*arguments, **named)
 
-    monkeypatch.setattr("stillroom.pipeline.student.session.evaluate", interrupted)
+    monkeypatch.setattr("stillroom.pipeline.student.held_out.evaluate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         go(world.job(stopped, **RISING_KL))
     result = go(world.job(stopped, **RISING_KL))

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from stillroom.pipeline.student import checkpoint, rng
-from stillroom.pipeline.student.checkpoint import Progress, checkpoints, load_latest, save
+from stillroom.pipeline.student.checkpoint import checkpoints, load_latest, save
+from stillroom.pipeline.student.progress import Progress
 from stillroom.storage.errors import StudentError
 from tests.tiny import tiny_model
 

@@ -13,10 +13,10 @@ from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
 from stillroom.pipeline.student.config import StudentJob
+from stillroom.pipeline.student.device import choose_device
 from stillroom.pipeline.student.distributed import ALONE, PackName, in_order, require_shared, share, step_seed
 from stillroom.pipeline.student.evaluate import Metrics, evaluate
 from stillroom.pipeline.student.places import Place
-from stillroom.pipeline.student.session import choose_device
 from stillroom.storage.errors import RecipeError, StudentError
 from stillroom.storage.manifest import Manifest
 from stillroom.storage.snapshot import Snapshot

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from stillroom.pipeline.student import lora
 from stillroom.pipeline.student.config import LoraConfig, StudentConfig
 from stillroom.pipeline.student.losses import fused
-from stillroom.pipeline.student.session import Session, first
+from stillroom.pipeline.student.session import Session
 from stillroom.pipeline.student.signals import Stop
+from stillroom.pipeline.student.streams import first
 from stillroom.storage.errors import StudentError
 from stillroom.storage.manifest import Manifest
 from stillroom.storage.snapshot import Snapshot
@@ -141,7 +142,7 @@ def test_the_gradient_of_a_frozen_head_is_never_made(
 
     monkeypatch.setattr(fused._Run, "sums", seen)
     session = session_of(world, tmp_path, **LORA)
-    session.trainer.step([first(session._stream(start=0))], 0)
+    session.trainer.step([first(session.streams.training())], 0)
     trained = [grads for grads in made if grads[0] is not None]
     assert len(trained) == 1
     assert trained[0][1:] == [None, None, None]
