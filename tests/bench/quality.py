@@ -1,7 +1,7 @@
 """`make bench-quality`: a student of the store beside the student of a live teacher, and distilled beside not.
 
 Enters: nothing. Leaves: its keys in `build/bench.json`, what each row found in `build/bench_quality.json`, and a table.
-Costs: an hour on two quiet cores the first time. A row that is done is kept under its settings: stopped, it goes on
+Costs: three hours on two quiet cores the first time. A row that is done is kept under its settings: stopped, it goes on
 with the next one.
 
     python -m tests.bench.quality [--only ROW] [--steps 200] [--threads 2] [--output build/bench.json]
@@ -61,18 +61,13 @@ RECIPE: dict[str, Any] = {
                "limit_tokens": 61_440},
     # The layers are those that leave the student's own blocks in the teacher.
     "signal": {
-        "topk": {"k": 64, "gap_step": 1 / 8}, "hidden": {"dtype": "int16"}, "layers": {"layers": [1, 11, 20, 30]},
+        "topk": {"k": 64, "gap_step": 1 / 8}, "sampled": {"draws": 50}, "hidden": {"dtype": "int16"},
+        "layers": {"layers": [1, 11, 20, 30]},
     },
     "fidelity": {"positions": 0},
     "store": {"path": str(FOLDER / "store"), "unit_tokens": 8192},
     "ray": {"actors": 1, "cpus_per_actor": 1},
 }  # fmt: skip
-#: Of the same teacher and corpus, for the rows that learn from draws beside the top-k.
-WITH_DRAWS: dict[str, Any] = RECIPE | {
-    "run_dir": str(FOLDER / "draws"),
-    "signal": {"topk": {"k": 64, "gap_step": 1 / 8}, "sampled": {"draws": 50}},
-    "store": {"path": str(FOLDER / "store-draws"), "unit_tokens": 8192},
-}
 STUDENT: dict[str, Any] = {
     "model": {"cut": {"layers": LAYERS}}, "seed": 1, "batch_packs": 1, "micro_packs": 1, "lr": 3e-4,
     "warmup_steps": 20, "device": "cpu",
@@ -162,38 +157,29 @@ def main() -> None:
 
 @dataclass(frozen=True)
 class World:
-    """The stores, their corpus and their teacher."""
+    """The store, its corpus and its teacher."""
 
     manifest: Manifest
-    snapshots: dict[str, Snapshot]
+    snapshot: Snapshot
     teacher: Path
     live: LiveTeacher
-
-    @property
-    def snapshot(self) -> Snapshot:
-        """Of the store that all rows but those with draws read."""
-        return self.snapshots[""]
 
     @staticmethod
     def made() -> "World":
         """Taught by the product's own command, where it is not yet."""
-        snapshots = {}
-        for signal, asked in (("", RECIPE), ("topk+sampled", WITH_DRAWS)):
-            recipe = Recipe.model_validate(asked)
-            teach_command(recipe, console=Console())
-            manifest = Manifest.open(recipe.run_dir / "corpus.parquet")
-            digests = {digest.decode() for digest in manifest.index().sequences.tolist()}
-            snapshots[signal] = open_store(recipe.store.path).snapshot(digests)
-        folder, identity = resolve_model(MODEL), snapshots[""].identity
-        live = LiveTeacher(folder, vocabulary=identity.vocabulary, cache=FOLDER / f"live-{identity.id[:8]}")
-        return World(manifest, snapshots, folder, live)
-
-    def taught_by(self, row: Row) -> Snapshot:
-        return self.snapshots.get(row.signal, self.snapshot)
+        recipe = Recipe.model_validate(RECIPE)
+        teach_command(recipe, console=Console())
+        manifest = Manifest.open(recipe.run_dir / "corpus.parquet")
+        digests = {digest.decode() for digest in manifest.index().sequences.tolist()}
+        snapshot = open_store(recipe.store.path).snapshot(digests)
+        folder = resolve_model(MODEL)
+        cache = FOLDER / f"live-{snapshot.identity.id[:8]}"
+        live = LiveTeacher(folder, vocabulary=snapshot.identity.vocabulary, cache=cache)
+        return World(manifest, snapshot, folder, live)
 
     def key(self, row: Row, steps: int) -> str:
         """Of everything that a row's numbers follow from."""
-        stated = [STUDENT, row.numbers(), steps, self.manifest.digest, self.taught_by(row).identity.id, HELDOUT_PACKS]
+        stated = [STUDENT, row.numbers(), steps, self.manifest.digest, self.snapshot.identity.id, HELDOUT_PACKS]
         return hashlib.sha256(canonical_json(stated)).hexdigest()[:16]
 
     def run(self, row: Row, name: str, steps: int) -> dict[str, Any]:
@@ -203,7 +189,7 @@ class World:
         parts = {*row.signal.split("+"), "topk"} | (trainer.features.reads if trainer.features else set())
         order = hashlib.sha256()
         losses = []
-        with closing(self._packs(self.taught_by(row), steps, parts)) as packs:
+        with closing(self._packs(steps, parts)) as packs:
             for step, pack in enumerate(packs):
                 result = trainer.step([pack], step)
                 order.update(pack.input_ids.tobytes())
@@ -213,15 +199,14 @@ class World:
                         f"{name}: step {step + 1}, loss {losses[-1]:.4f}, {time.perf_counter() - began:.0f} s",
                         flush=True,
                     )
-        with closing(self._packs(self.snapshot, HELDOUT_PACKS, {"topk"}, heldout=True)) as packs:
+        with closing(self._packs(HELDOUT_PACKS, {"topk"}, heldout=True)) as packs:
             found = measure(trainer.model, self.live, packs, vocabulary=self.snapshot.identity.vocabulary)
         seconds = round(time.perf_counter() - began, 1)
         return {**found, "loss_last_20": sum(losses[-20:]) / 20, "order": order.hexdigest()[:16], "seconds": seconds}
 
     def _trainer(self, row: Row, config: StudentConfig) -> Trainer:
         rng.seed_all(config.seed)
-        cpu, snapshot = torch.device("cpu"), self.taught_by(row)
-        identity = snapshot.identity
+        cpu, identity = torch.device("cpu"), self.snapshot.identity
         model = build_student(
             config.model, teacher=self.teacher, tokenizer=load_tokenizer(self.teacher),
             expected_tokenizer=identity.tokenizer, vocabulary=identity.vocabulary,
@@ -229,16 +214,16 @@ class World:
         kind = {"stored": Trainer, "live": LiveTrainer, "renormalised": Renormalised}[row.way]
         trainer = kind(
             model, config, vocabulary=identity.vocabulary, total_steps=config.steps or 0, device=cpu,
-            teaching=Teaching.of(row.signal, snapshot, cpu),
+            teaching=Teaching.of(row.signal, self.snapshot, cpu),
             features=Features.of(config, identity.signal, model, cpu),
         )  # fmt: skip
         if isinstance(trainer, LiveTrainer):
             trainer.live, trainer.dtype = self.live, getattr(torch, row.dtype)
         return trainer
 
-    def _packs(self, snapshot: Snapshot, count: int, parts: set[str], *, heldout: bool = False) -> Any:
+    def _packs(self, count: int, parts: set[str], *, heldout: bool = False) -> Any:
         stream = Stream(
-            manifest=self.manifest, snapshot=snapshot, window=WINDOW, heldout=heldout,
+            manifest=self.manifest, snapshot=self.snapshot, window=WINDOW, heldout=heldout,
             seed=0 if heldout else int(STUDENT["seed"]), parts=frozenset(parts), epochs=1 if heldout else None,
         )  # fmt: skip
 
