@@ -159,8 +159,13 @@ def _ls(arguments: Namespace, console: Console) -> tuple[Result, int]:
     if arguments.json:
         return {"stores": stores}, 0
     # what fits a terminal; --json has it all
-    tables = {"stores": table_rows, "generations": generation_rows, "reuse": reuse_rows, "problems": problem_rows}
-    shown = {name: make(stores, arguments.root) for name, make in tables.items()}
+    fold = sys.stdout.isatty()
+    shown = {
+        "stores": table_rows(stores, arguments.root, fold=fold),
+        "generations": generation_rows(stores, arguments.root, fold=fold),
+        "reuse": reuse_rows(stores, arguments.root, fold=fold),
+        "problems": problem_rows(stores, arguments.root),
+    }
     return {name: rows for name, rows in shown.items() if rows}, 0
 
 

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol, TextIO
+from typing import IO, TYPE_CHECKING, Protocol, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
@@ -94,18 +94,24 @@ class Console:
             print(text, file=self._stream, flush=True)
 
 
-def rich_console(stream: TextIO) -> "RichConsole":
+def rich_console(stream: IO[str], plain_width: int = PLAIN_WIDTH) -> "RichConsole":
     """A rich console that shows text as it is: brackets are no markup, and a plain stream is wide."""
     from rich.console import Console as RichConsole
 
-    width = None if stream.isatty() else PLAIN_WIDTH
+    width = None if stream.isatty() else plain_width
     return RichConsole(file=stream, width=width, markup=False, highlight=False, emoji=False)
 
 
 def print_table(
-    rich: "RichConsole", columns: Sequence[str] | None, rows: Sequence[Sequence[str]], *, title: str | None = None
+    rich: "RichConsole",
+    columns: Sequence[str] | None,
+    rows: Sequence[Sequence[str]],
+    *,
+    title: str | None = None,
+    whole: str | None = None,
 ) -> None:
-    """columns: their headings, or None for a table without."""
+    """columns: their headings, or None for a table without. whole: one whose values, such as paths, are not folded
+    where the stream is no terminal; the table is as much wider then."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -113,7 +119,10 @@ def print_table(
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_header=columns is not None)
     for index, name in enumerate(columns or [""] * len(rows[0])):
         numbers = bool(rows) and all(row[index][:1] in "0123456789-+" for row in rows if row[index])
-        table.add_column(Text(name), justify="right" if numbers else "left", overflow="fold")
+        kept = name == whole and not rich.is_terminal
+        table.add_column(Text(name), justify="right" if numbers else "left", overflow="fold", no_wrap=kept)
+        if kept:  # a console of its own, as no table is wider than its console
+            rich = rich_console(rich.file, PLAIN_WIDTH + max((len(row[index]) for row in rows), default=0))
     for row in rows:
         table.add_row(*(Text(value) for value in row))
     if title:  # not the table's own title, which rich wraps to the table's width

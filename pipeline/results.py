@@ -13,6 +13,8 @@ from typing import Any, TextIO
 
 from stillroom.pipeline.console import format_bytes, format_count, format_duration, print_table, rich_console
 
+#: The column of a path, which is to be copied.
+PATH = "store"
 #: The key of a row's sentences.
 NOTICES = "notices"
 
@@ -40,7 +42,7 @@ def print_tables(result: dict[str, Any], stream: TextIO) -> None:
         flat = [{key: value for key, value in _flat(row) if not _is_table(value) and key != NOTICES} for row in rows]
         columns = list(dict.fromkeys(key for row in flat for key in row))
         cells = [[cell(key, row.get(key)) for key in columns] for row in flat]
-        print_table(rich, [key.replace("_", " ") for key in columns], cells, title=title)
+        print_table(rich, [key.replace("_", " ") for key in columns], cells, title=title, whole=PATH)
         for row in rows:
             for notice in row.get(NOTICES) or []:
                 rich.print(f"notice: {row.get('name', title)}: {notice}", markup=False, highlight=False, soft_wrap=True)

@@ -70,8 +70,8 @@ def summary(store: GenerationStore) -> dict[str, Any]:
     return found
 
 
-def generation_rows(stores: Seq[dict[str, Any]], root: str) -> list[dict[str, str]]:
-    """What stores of generations hold, for people, as a table at most 120 columns wide. stores, root: as in
+def generation_rows(stores: Seq[dict[str, Any]], root: str, *, fold: bool = False) -> list[dict[str, str]]:
+    """What stores of generations hold, for people, as a table at most 120 columns wide. stores, root, fold: as in
     `stores.table_rows`."""
     known = [store for store in stores if "error" not in store and store["kind"] == "generations"]
     rows = [
@@ -88,7 +88,7 @@ def generation_rows(stores: Seq[dict[str, Any]], root: str) -> list[dict[str, st
         }
         for store in known
     ]
-    return fitted(rows, ("store", "teacher"), "decoding")
+    return fitted(rows, ("teacher",), "decoding", fold=fold)
 
 
 def engine_in_words(engine: Mapping[str, Any] | None) -> str:

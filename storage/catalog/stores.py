@@ -122,20 +122,21 @@ def reuse_of(store: Store, tokens: int) -> dict[str, Any]:
     return reuse(load_uses(store.files), load_taught(store.files), store_tokens=tokens).as_dict()
 
 
-def table_rows(stores: Seq[dict[str, Any]], root: str) -> list[dict[str, str]]:
+def table_rows(stores: Seq[dict[str, Any]], root: str, *, fold: bool = False) -> list[dict[str, str]]:
     """What stores hold, for people, as a table at most 120 columns wide; paths relative to `root`, "." for itself.
 
-    stores: as `list_stores` gives them; those with an error are left out, `problem_rows` has them.
+    stores: as `list_stores` gives them; those with an error are left out, `problem_rows` has them. fold: paths of more
+    columns than there is room for go over several lines; else they stay whole, and the table is wider.
     """
     known = [store for store in stores if "error" not in store and store["kind"] == "signal"]
-    return fitted([_row(store, root) for store in known], ("store", "teacher"), "signal")
+    return fitted([_row(store, root) for store in known], ("teacher",), "signal", fold=fold)
 
 
-def reuse_rows(stores: Seq[dict[str, Any]], root: str) -> list[dict[str, str]]:
+def reuse_rows(stores: Seq[dict[str, Any]], root: str, *, fold: bool = False) -> list[dict[str, str]]:
     """What stores have cost and saved, of those that have an account of it; as wide. Hours are a teacher's."""
     known = [store for store in stores if "error" not in store and store.get("reuse")]
     rows = [_reuse_row(store, root) for store in known if store["reuse"]["uses"] or store["reuse"]["teaching_runs"]]
-    return fitted(rows, ("store", "students"))
+    return fitted(rows, ("students",), fold=fold)
 
 
 def problem_rows(stores: Seq[dict[str, Any]], root: str) -> list[dict[str, str]]:

@@ -144,6 +144,14 @@ class TestResults:
                     ["b", "–", "1,", "2"]):  # fmt: skip
             assert row in words
 
+    def test_a_path_stays_whole_where_no_terminal_ends(self) -> None:
+        path, row = "/deep" * 50, {"other": "words " * 40}
+        for stream, whole in ((io.StringIO(), True), (Terminal(), False)):
+            print_tables({"stores": [{"store": path} | row], "next": [row]}, stream)
+            above, below = stream.getvalue().split("next")
+            assert (path in above) is whole
+            assert max(map(len, below.splitlines())) <= 160  # the width is of the one table
+
     def test_tables_inside_of_rows(self) -> None:
         stream = io.StringIO()
         print_tables({"rows": [{"id": 1, "positions": [{"at": 5}]}]}, stream)

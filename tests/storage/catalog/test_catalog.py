@@ -24,6 +24,7 @@ from stillroom.storage.errors import CorruptShard, StoreError
 from stillroom.storage.records import HiddenSpec, NucleusSpec, SampledSpec, SignalSpec, TopKSpec, digest128
 from stillroom.storage.store import Store, create_store
 from tests.s3_server import BUCKET, S3Server
+from tests.storage.catalog.widths import width
 from tests.strategies import random_sequences, tiny_identity, tiny_store, unit_of, write_unit
 
 KEY = "0" * 32
@@ -232,15 +233,24 @@ def test_the_table_fits_120_columns(store: Store, root: str, capsys: pytest.Capt
     record_use(store.files, KEY, use("z" * 90, tokens=10**20))
     assert main(["ls", root]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert max(map(len, lines)) <= 120
     assert "100,000" in "".join(lines)  # hours
-    shown = [line.split()[0] for line in lines if "made up" in line]
-    assert shown[0] == "a/one"
-    assert [(word[0], word[-1], "…" in word) for word in shown[1:]] == [("x", "x", True), ("y", "y", True)]
+    # No terminal: paths are whole, and nothing else takes more than its room.
+    assert [line.split()[0] for line in lines if "made" in line] == ["a/one", "x" * 70, "y" * 70]
+    assert max(map(len, lines)) <= 120 + 70 - 40
     assert main(["ls", root, "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)["stores"]
     assert listed[0]["reuse"]["students"] == ["z" * 90]
     assert listed[1]["store"].endswith("x" * 70)
+    # A terminal: over several lines, from which they can be put together.
+    rows = table_rows(listed, root, fold=True)
+    assert [row["store"].replace("\n", "") for row in rows] == ["a/one", "x" * 70, "y" * 70]
+    assert max(width(table) for table in (rows, reuse_rows(listed, root, fold=True))) <= 120
+
+
+def test_a_path_is_broken_behind_a_slash(store: Store, root: str) -> None:
+    below = f"{'deep' * 8}/{'deeper' * 7}/store"
+    (found,) = table_rows([only(root) | {"store": f"{root}/{below}"}], root, fold=True)
+    assert found["store"] == f"{'deep' * 8}/\n{'deeper' * 7}/\nstore"
 
 
 @pytest.mark.real

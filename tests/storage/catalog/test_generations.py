@@ -18,6 +18,7 @@ from stillroom.storage.catalog.views import TokenRow, write_token_table
 from stillroom.storage.errors import CorruptShard, NoStore, StoreError
 from stillroom.storage.generations.store import GenerationStore, create_generations
 from tests.s3_server import BUCKET, S3Server
+from tests.storage.catalog.widths import width
 from tests.storage.generations.builders import UNITS, decoding, filled, identity, put, unit_of
 from tests.strategies import random_sequences, tiny_store
 
@@ -74,13 +75,16 @@ class TestList:
         filled(f"{root}/{'x' * 80}", decoding=decoding(stop=("\n\n", "###"), top_p=0.95, top_k=40, min_tokens=3))
         assert main(["ls", root]) == 0
         lines = capsys.readouterr().out.splitlines()
-        assert max(map(len, lines)) <= 120
+        assert "x" * 80 in " ".join(lines)  # no terminal: to be copied
         shown = " ".join(" ".join(lines).split())
         assert "seed 0" in shown
         assert "'###'" in shown
         assert main(["ls", root, "--json"]) == 0
         stores = json.loads(capsys.readouterr().out)["stores"]
         assert stores[1]["decoding_in_words"].endswith(r"3 to 8 tokens, stop at '\n\n' or '###'")
+        rows = generation_rows(stores, root, fold=True)
+        assert rows[1]["store"].replace("\n", "") == "x" * 80
+        assert width(rows) <= 120
 
 
 class TestInspect:
