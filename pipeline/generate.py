@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 from stillroom.pipeline.account import TeachingAccount
 from stillroom.pipeline.console import Console, Progress
+from stillroom.pipeline.corpus.prompt_counts import PromptCounts
 from stillroom.pipeline.corpus.verdicts import KEPT, Verdict, write_verdicts
 from stillroom.pipeline.founding import require_room
 from stillroom.pipeline.ledger import Ledger
 from stillroom.pipeline.plan import Plan, make_plan
 from stillroom.pipeline.process import uninterrupted
 from stillroom.pipeline.progress_file import State
-from stillroom.pipeline.prompts import PromptCounts, ingest_prompts, read_texts
+from stillroom.pipeline.prompts import ingest_prompts, read_texts
 from stillroom.pipeline.quality.judge import REASONS, judge_prompt
 from stillroom.pipeline.quality.own_function import Judge, load_function
 from stillroom.pipeline.quarantine import left_out
@@ -54,7 +55,7 @@ class Generated:
     reasons: Counter[str]
 
     def as_dict(self) -> dict[str, Any]:
-        taught, seconds = self.taught, self.taught.wall_s
+        taught, seconds, responses = self.taught, self.taught.wall_s, self.reasons.total()
         return {
             "store": self.store.uri,
             "identity": self.store.identity.id,
@@ -66,10 +67,12 @@ class Generated:
             "bytes_written": taught.bytes,
             "wall_s": round(seconds, 2),
             "tokens_per_s": round(taught.rows / seconds, 1) if seconds else None,
-            "responses": self.reasons.total(),
+            "responses": responses,
             "kept": self.reasons[KEPT],
-            "dropped": [{"reason": reason, "responses": self.reasons[reason]} for reason in REASONS
-                        if self.reasons[reason]],
+            "dropped": [
+                {"reason": reason, "responses": self.reasons[reason], "share": self.reasons[reason] / responses}
+                for reason in REASONS if self.reasons[reason]
+            ],
             "quarantined": taught.quarantined,
         }  # fmt: skip
 
@@ -90,6 +93,7 @@ def generate(recipe: Recipe, sources: Sources, console: Console) -> Generated:
             f"recipe {recipe.name} has no generate section: `stillroom init --reference` shows its fields"
         )
     function = None if config.quality.function is None else load_function(config.quality.function)
+    console.info(f"generate: loading the tokenizer of {recipe.teacher.model}, reading the prompts")
     manifest, prompts = _prompts(recipe, config, sources, console)
     store = create_generations(config.path, generation_identity(recipe, config, sources))
     keep_token_table(store.files, sources.tokenizer, store.identity.vocabulary)
@@ -105,7 +109,7 @@ def generate(recipe: Recipe, sources: Sources, console: Console) -> Generated:
     else:
         console.info(f"generate: all {plan.sequences:,} prompts are answered in {store.uri}; no teacher is needed")
     reasons = judge(recipe, config, manifest, store, function)
-    _show(reasons, console)
+    _say(reasons, console)
     return Generated(store, taught, prompts, reasons)
 
 
@@ -286,10 +290,9 @@ def _verdicts(
                 )  # fmt: skip
 
 
-def _show(reasons: Counter[str], console: Console) -> None:
+def _say(reasons: Counter[str], console: Console) -> None:
     total = reasons.total()
-    rows = [[reason, f"{reasons[reason]:,}", f"{reasons[reason] / total:.1%}"] for reason in (KEPT, *REASONS)
-            if reasons[reason]]  # fmt: skip
-    console.table(["response is", "responses", "share"], rows, title="responses, kept and dropped by reason")
+    dropped = ", ".join(f"{reasons[reason]:,} {reason}" for reason in REASONS if reasons[reason])
+    console.info(f"generate: {reasons[KEPT]:,} of {total:,} responses kept{dropped and f'; dropped: {dropped}'}")
     if total and not reasons[KEPT]:
         console.notice(f"none of the {total:,} responses is kept: see generate.quality")

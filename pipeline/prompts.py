@@ -8,7 +8,7 @@ and with `generate.strict` an error.
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ from jinja2.exceptions import TemplateError
 
 from stillroom.pipeline.corpus import sources
 from stillroom.pipeline.corpus.config import CorpusConfig
-from stillroom.pipeline.corpus.counts import first_of
 from stillroom.pipeline.corpus.encode import Encoder
+from stillroom.pipeline.corpus.prompt_counts import Places, PromptCounts
 from stillroom.pipeline.corpus.readers import BadLine, BlankLine, Record, read
 from stillroom.pipeline.corpus.render import RecordError, Rendered, messages_of
 from stillroom.pipeline.recipe.generate_schema import GenerateConfig, PromptSource
@@ -33,7 +33,6 @@ from stillroom.storage.records import Int32, Sequence, digest128
 #: Raised when the same records make other prompts.
 REVISION = 1
 _BATCH = 256
-_EXAMPLES = 20
 _TEXTS = pa.schema(
     [("prompt", pa.string()), ("text", pa.string()), ("messages", pa.string()), ("reference", pa.string())]
 )
@@ -49,32 +48,8 @@ class PromptText:
     reference: str | None
 
 
-@dataclass
-class PromptCounts:
-    """What was read. bad: records left out; bad_examples: "source:line: reason", the first 20."""
-
-    prompts: int = 0
-    tokens: int = 0
-    duplicates: int = 0
-    bad: int = 0
-    bad_examples: list[str] = field(default_factory=list)
-    stopped_at: str | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def line(self) -> str:
-        return f"{self.prompts:,} prompts, {self.tokens:,} tokens"
-
-    def notices(self) -> list[str]:
-        said = []
-        if self.bad:
-            said.append(f"{self.bad:,} prompts left out, {first_of(self.bad_examples)}")
-        if self.duplicates:
-            said.append(f"{self.duplicates:,} prompts occur more than once and are answered once")
-        if self.stopped_at:
-            said.append(f"reading stopped at {self.stopped_at}")
-        return said
+class EmptyPrompt(RecordError):
+    """A record that has a prompt, in which nothing stands."""
 
 
 def texts_path(manifest: Path) -> Path:
@@ -100,13 +75,13 @@ def ingest_prompts(
         manifest = Manifest.open(out)
         if manifest.meta.inputs == inputs:
             return manifest, PromptCounts(**manifest.meta.counts), False
-    counts = PromptCounts()
+    counts, places = PromptCounts(), Places()
     with ManifestWriter(out) as writer, pq.ParquetWriter(_temporary(out), _TEXTS, compression="zstd") as texts:
         for batch in _batches(_records(config, encoder, files, counts)):
-            _write_batch(batch, config, encoder, window, writer, texts, counts)
+            _write_batch(batch, config, encoder, window, writer, texts, counts, places)
             if counts.stopped_at:
                 break
-        counts.duplicates = writer.count_duplicates()
+        counts.set_duplicates(writer.count_duplicates(), places.repeated)
         _require_some(config, counts)
         texts.close()
         _temporary(out).replace(texts_path(out))
@@ -162,21 +137,20 @@ def _records(
             if isinstance(item, BlankLine):
                 continue
             if isinstance(item, BadLine):
-                _leave_out(config, counts, item.source, item.line, item.reason)
+                _leave_out(config, counts, "unreadable", f"{item.source}:{item.line}: {item.reason}", item.records)
                 continue
             try:
                 text = _prompt_text(item, config.system)
                 yield item, text, _rendered(config, encoder, text)
             except RecordError as error:
-                _leave_out(config, counts, item.source, item.line, str(error))
+                kind = "empty" if isinstance(error, EmptyPrompt) else "without a prompt"
+                _leave_out(config, counts, kind, f"{item.source}:{item.line}: {error}")
 
 
-def _leave_out(config: GenerateConfig, counts: PromptCounts, source: str, line: int, reason: str) -> None:
-    counts.bad += 1
-    if len(counts.bad_examples) < _EXAMPLES:
-        counts.bad_examples.append(f"{source}:{line}: {reason}")
+def _leave_out(config: GenerateConfig, counts: PromptCounts, kind: str, example: str, records: int = 1) -> None:
+    counts.leave_out(kind, example, records)
     if config.strict:
-        raise CorpusError(f"{source}:{line}: {reason} (generate.strict stops at the first prompt that cannot be used)")
+        raise CorpusError(f"{example} (generate.strict stops at the first prompt that cannot be used)")
 
 
 def _prompt_text(record: Record, system: str | None) -> PromptText:
@@ -194,7 +168,7 @@ def _prompt_text(record: Record, system: str | None) -> PromptText:
             last = messages.pop()
             reference = last.get("content") if reference is None else reference
         if not messages or not str(messages[-1].get("content") or "").strip():
-            raise RecordError("the prompt is empty")
+            raise EmptyPrompt("the prompt is empty")
         text = str(messages[-1]["content"])
     else:
         name = settings.prompt_field if settings.prompt_field in fields else settings.text_field
@@ -203,7 +177,7 @@ def _prompt_text(record: Record, system: str | None) -> PromptText:
             raise RecordError(f"it has no text in {settings.prompt_field}, {settings.messages_field} or "
                               f"{settings.text_field}")  # fmt: skip
         if not value.strip():
-            raise RecordError("the prompt is empty")
+            raise EmptyPrompt("the prompt is empty")
         reference = fields.get(settings.response_field) if reference is None else reference
         messages, text = [{"role": "user", "content": value}], value
     if system is not None and messages[0].get("role") != "system":
@@ -244,6 +218,7 @@ def _write_batch(
     writer: ManifestWriter,
     texts: Any,
     counts: PromptCounts,
+    places: Places,
 ) -> None:
     rows = []
     encoded = encoder.encode([rendered for _, _, rendered in batch])
@@ -251,9 +226,11 @@ def _write_batch(
         for ids, said in _asked(record, text, tokens.input_ids, config, encoder):
             fault = _fault(ids, config, window)
             if fault:
-                _leave_out(config, counts, record.source, record.line, fault)
+                kind, reason = fault
+                _leave_out(config, counts, kind, f"{record.source}:{record.line}: {reason}")
                 continue
             sequence = Sequence(ids)
+            places.add(sequence.digest, f"{record.source}:{record.line}")
             writer.append(
                 ManifestRow(
                     sequence=sequence,
@@ -299,13 +276,13 @@ def _asked(
         yield stretch, PromptText(encoder.text(stretch), None, None)
 
 
-def _fault(ids: Int32, config: GenerateConfig, window: int | None) -> str | None:
-    """Why these ids cannot be asked, or None."""
+def _fault(ids: Int32, config: GenerateConfig, window: int | None) -> tuple[str, str] | None:
+    """Kind and reason why these ids cannot be asked, or None."""
     if not len(ids):
-        return "the prompt is empty, or its document shorter than continue_tokens"
+        return "empty", "the prompt is empty, or its document shorter than continue_tokens"
     most = config.decoding.max_tokens
     if window is not None and len(ids) + most > window:
-        return (
+        return "too long", (
             f"a prompt of {len(ids):,} tokens and up to {most:,} of a response do not fit in {window:,}: shorten it, "
             "or lower generate.decoding.max_tokens"
         )

@@ -9,8 +9,9 @@ import pytest
 
 from stillroom.pipeline.console import Console
 from stillroom.pipeline.corpus.config import CorpusConfig
+from stillroom.pipeline.corpus.prompt_counts import REPEATED, PromptCounts
 from stillroom.pipeline.generate import _payloads, _plan, _prompts, generate, generation_identity
-from stillroom.pipeline.prompts import PromptCounts, ingest_prompts, read_texts
+from stillroom.pipeline.prompts import ingest_prompts, read_texts
 from stillroom.pipeline.recipe import load_recipe
 from stillroom.pipeline.recipe.generate_schema import GenerateConfig
 from stillroom.pipeline.sources import Sources
@@ -65,13 +66,31 @@ class TestPrompts:
         assert [e.split(": ", 1)[0] for e in examples] == [f"prompts.jsonl:{n}" for n in (1, 3, 4, 2)]
         assert "empty" in examples[0]
         assert "do not fit in 120" in examples[3]
-        told = PromptCounts(**manifest.meta.counts).notices()[0]
-        assert told == f"4 prompts left out, the first are {'; '.join(examples[:3])}"
+        assert PromptCounts(**manifest.meta.counts).notices() == [
+            f"1 left out ({kind}), the first is {example}"
+            for kind, example in zip(("empty", "without a prompt", "unreadable", "too long"), examples, strict=True)
+        ]
         for number, what in ((0, "empty"), (1, "fit"), (2, "no text"), (3, "JSON")):
             with pytest.raises(CorpusError, match=what):
                 prompts_of(tokenizer, tmp_path, [records[number]], window=120, strict=True)
         with pytest.raises(CorpusError, match="no prompt in"):
             prompts_of(tokenizer, tmp_path, records[:2], window=120)
+
+    def test_one_of_each_kind_is_shown_with_how_many_there_are(self, tokenizer: Any, tmp_path: Path) -> None:
+        records = [*[{"prompt": " "}] * 30, {"prompt": "mint"}, {"prompt": "copper " * 90}, {"prompt": "rose"},
+                   *[{"prompt": "mint"}] * 2, {"prompt": "copper " * 80}]  # fmt: skip
+        counts = prompts_of(tokenizer, tmp_path, records, window=120).meta.counts
+        assert [(entry["kind"], entry["prompts"], entry["example"][:16]) for entry in counts["left_out"]] == [
+            ("empty", 30, "prompts.jsonl:1:"), ("too long", 2, "prompts.jsonl:32"), (REPEATED, 2, "prompts.jsonl:34"),
+        ]  # fmt: skip
+        said = PromptCounts(**counts).notices()
+        assert said[2].endswith("and are answered once, the first is prompts.jsonl:34, as prompts.jsonl:31")
+        assert (counts["bad"], len(counts["bad_examples"])) == (32, 20)
+
+    def test_counts_of_an_earlier_release_are_read(self) -> None:
+        old = PromptCounts(bad=1, bad_examples=["a:1: empty"]).as_dict()
+        del old["left_out"]
+        assert PromptCounts(**old).notices() == []
 
     def test_are_read_again_only_if_something_changed(self, tokenizer: Any, tmp_path: Path) -> None:
         first = prompts_of(tokenizer, tmp_path, [{"prompt": "mint"}]).path.stat().st_mtime_ns
