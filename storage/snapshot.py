@@ -9,6 +9,7 @@ is there the file is written again, complete, as it would have been from the sta
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -60,6 +61,12 @@ class Snapshot:
         """32 hex digits over identity and units, which are the same before and after the shards are there."""
         units = (u.id.encode() for u in self.units)
         return digest128(b"stillroom.snapshot.planned.1", self.identity.id.encode(), *units)
+
+    def units_of(self, sequences: Iterable[str]) -> list[str]:
+        """Ids of the units that hold sequences of these digests, in plan order: for messages, all units are looked
+        through. A digest that no unit holds, as of a corpus without signal, adds none."""
+        wanted = set(sequences)
+        return [unit.id for unit in self.units if not wanted.isdisjoint(unit.sequences)]
 
     def write(self, path: Path) -> None:
         """One Parquet file, whole or not at all."""

@@ -113,6 +113,7 @@ class Session:
         self.trainer = Trainer(
             self.model, self.config, vocabulary=self.vocabulary, total_steps=self.total_steps, device=device,
             teaching=self.teaching, features=features, ranks=ranks,
+            units_of=snapshot.units_of if snapshot else None,
         )  # fmt: skip
         self.checkpoints = Checkpoints(
             job.run_dir / "checkpoints", trainer=self.trainer, bindings=bindings, keep_last=self.config.keep_last,

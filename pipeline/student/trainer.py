@@ -8,6 +8,7 @@ grouped into micro-batches or shared out among processes, and how many positions
 """
 
 import math
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -81,7 +82,8 @@ def choose_head(model: Any, config: StudentConfig, device: torch.device) -> tupl
 
 
 class Trainer:
-    """Model, optimizer and the settings of a step."""
+    """Model, optimizer and the settings of a step. units_of: ids of the store's units that hold sequences, for
+    messages; None where there is no store."""
 
     def __init__(
         self,
@@ -94,6 +96,7 @@ class Trainer:
         teaching: Teaching = TOPK,
         features: Features | None = None,
         ranks: Ranks = ALONE,
+        units_of: Callable[[Iterable[str]], list[str]] | None = None,
     ) -> None:
         self.model = model
         self.features = features
@@ -110,7 +113,7 @@ class Trainer:
         if learned:
             groups.append({"params": learned, "weight_decay": config.weight_decay})
         self._parameters = [*model.parameters(), *learned]
-        self._ranks = ranks
+        self._ranks, self._units_of = ranks, units_of
         self._whole_of = ranks.reducing(self._whole, [model, *([features] if features else [])])
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
 
@@ -123,8 +126,8 @@ class Trainer:
     def step(self, packs: Seq[Pack], step: int) -> StepResult:
         """Optimizer step number `step`, from 0, on these packs: of several processes, each one's part.
 
-        Raises NonFiniteLoss naming them if loss or gradient is not finite and `on_nan` is "stop"; on all processes,
-        naming the packs of those that met it.
+        Raises NonFiniteLoss naming them and their units if loss or gradient is not finite and `on_nan` is "stop"; on
+        all processes, naming the packs of those that met it.
         """
         config = self.config
         stage = stage_of(self._stages, step)
@@ -150,7 +153,7 @@ class Trainer:
         overflowed = not finite and self.scaler.back_off(loss)
         if not finite and not overflowed:
             if config.on_nan == "stop":
-                raise NonFiniteLoss(_explain(self._ranks.blamed(packs, own), step, loss, norm, values.lr, scale))
+                raise NonFiniteLoss(self._explain(self._ranks.blamed(packs, own), step, loss, norm, values.lr, scale))
             return _skipped(values, stage, tokens, trained)
         return StepResult(
             loss=loss, kd=means.pop("kd"), ce=means.pop("ce"),
@@ -226,6 +229,19 @@ class Trainer:
             logits_MV = logits_at(self.model, batch)
         return distillation_loss(logits_MV, batch.targets, **settings)
 
+    def _explain(self, blamed: Blamed, step: int, loss: float, norm: float, lr: float, scale: float | None) -> str:
+        sequences = [digest for _, digests in blamed for digest in digests]
+        units = self._units_of(sequences) if self._units_of else []
+        scaled = (
+            "" if scale is None else f" in float16, its loss scaled by {scale:g} (bfloat16 and float32 reach further)"
+        )
+        where = f"units {_listed(units)}; " if units else ""
+        return (
+            f"step {step + 1}: loss {loss:g}, gradient norm {norm:g} at lr {lr:.2e}{scaled}; {where}packs "
+            f"{', '.join(pack for pack, _ in blamed)} (epoch/number), sequences {_listed(sequences)}. Lower lr or "
+            "raise warmup_steps; `on_nan: skip` leaves such steps out; the last checkpoint is from before."
+        )
+
 
 def _skipped(values: Values, stage: Stage, tokens: int, trained: int) -> StepResult:
     return StepResult(
@@ -243,12 +259,6 @@ def _sum(parts: list[Tensor | None]) -> float | None:
     return float(torch.stack(present).sum()) if present else None
 
 
-def _explain(blamed: Blamed, step: int, loss: float, norm: float, lr: float, scale: float | None) -> str:
-    sequences = [digest for _, digests in blamed for digest in digests]
-    scaled = "" if scale is None else f" in float16, its loss scaled by {scale:g} (bfloat16 and float32 reach further)"
-    shown = ", ".join(sequences[:8]) + (f" … ({len(sequences)} in all)" if len(sequences) > 8 else "")
-    return (
-        f"step {step + 1}: loss {loss:g}, gradient norm {norm:g} at lr {lr:.2e}{scaled}; packs "
-        f"{', '.join(pack for pack, _ in blamed)} (epoch/number), sequences {shown}. Lower lr or raise "
-        "warmup_steps; `on_nan: skip` leaves such steps out; the last checkpoint is from before."
-    )
+def _listed(names: list[str]) -> str:
+    """The first eight, and how many there are."""
+    return ", ".join(names[:8]) + (f" … ({len(names)} in all)" if len(names) > 8 else "")

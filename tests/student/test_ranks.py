@@ -193,6 +193,8 @@ def test_a_loss_of_one_rank_that_is_not_finite_is_met_by_all(world: World, on_na
     for err in errs:
         blamed = re.search(r"step 3: loss nan.*packs (\S+) \(epoch/number\), sequences (\w+)", err)
         assert blamed is not None, err
+        (unit,) = Snapshot.read(world.snapshot).units_of([blamed[2]])
+        assert f"; units {unit}; packs" in err
         assert blamed[1] == f"{third['epoch']}/{third['packs'][1]}"
         assert blamed[2] == third["sequences"][1]
 

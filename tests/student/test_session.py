@@ -2,7 +2,9 @@
 
 import json
 import math
+import re
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from stillroom.pipeline.student.session import run
 from stillroom.pipeline.student.trainer import Trainer, parameter_groups
 from stillroom.storage.errors import NonFiniteLoss, RecipeError, StudentError, TokenizerMismatch
 from stillroom.storage.manifest import Manifest
+from stillroom.storage.manifest_writer import ManifestWriter
+from stillroom.storage.records import Pack
 from stillroom.storage.snapshot import Snapshot
 from stillroom.storage.stream import Stream
 from tests.student.world import World, build_world, cut_after
@@ -210,6 +214,60 @@ def test_a_loss_that_is_not_finite_names_its_sequences(world: World) -> None:
     assert result.loss is None
     assert torch.equal(before, trainer.model.model.embed_tokens.weight)
     assert trainer.model.model.embed_tokens.weight.grad is None
+
+
+def with_weights(world: World, path: Path, weights: dict[int, float]) -> World:
+    """The same corpus, in which some rows weigh what is said."""
+    manifest = Manifest.open(world.manifest)
+    with ManifestWriter(path) as writer:
+        for number, row in enumerate(manifest):
+            writer.append(replace(row, weight=weights.get(number, row.weight)))
+        writer.commit(manifest.meta)
+    return replace(world, manifest=path)
+
+
+def overweight(world: World, folder: Path, **fields: Any) -> tuple[StudentJob, list[Pack], list[bool]]:
+    """A job whose losses are not finite in float32 where two sequences come, and the packs of its steps, one each;
+    the first two are whole."""
+
+    def packs_of(manifest: Path) -> list[Pack]:
+        snapshot = Snapshot.read(world.snapshot)
+        return list(islice(Stream(manifest=Manifest.open(manifest), snapshot=snapshot, window=48), 12))
+
+    heavy = [int(pack.rows[0]) for pack in packs_of(world.manifest)[2:6:3] if pack.rows is not None]
+    changed = with_weights(world, folder / "manifest.parquet", dict.fromkeys(heavy, 3e38))
+    job = changed.job(folder / "run", steps=12, batch_packs=1, **fields)
+    packs = packs_of(changed.manifest)
+    poisoned = [bool((pack.weights > 1e38).any()) for pack in packs]
+    assert poisoned[:6] == [False, False, True, False, False, True]
+    return job, packs, poisoned
+
+
+def test_a_run_stops_with_the_units_of_the_batch(world: World, tmp_path: Path) -> None:
+    """The store has three, and a pack is of one."""
+    job, packs, _ = overweight(world, tmp_path)
+    with pytest.raises(NonFiniteLoss) as caught:
+        go(job)
+    assert len(losses(job.run_dir)) == 2
+    units = Snapshot.read(world.snapshot).units
+    (held,) = [unit.id for unit in units if set(packs[2].sequences) <= set(unit.sequences)]
+    said = f"step 3: loss inf, .*; units {held}; packs 0/2 \\(epoch/number\\), sequences "
+    assert re.search(said + ", ".join(packs[2].sequences), str(caught.value))
+    assert not [unit.id for unit in units if unit.id != held and unit.id in str(caught.value)]
+
+
+def test_on_nan_skip_counts_and_goes_on(world: World, tmp_path: Path) -> None:
+    """Also where the run was cut off after a step that it left out."""
+    job, _, poisoned = overweight(world, tmp_path, on_nan="skip", checkpoint_every=1, keep_last=20)
+    result = go(job)
+    steps = [record for record in log_of(job.run_dir) if record["kind"] == "step"]
+    assert [step["skipped"] for step in steps] == poisoned
+    assert [step["loss"] is None for step in steps] == poisoned
+    assert 2 <= result["skipped_steps"] == sum(poisoned) < result["steps"] == 12
+    assert result["after"]["kl"] < result["before"]["kl"]
+    cut = job.model_copy(update={"run_dir": cut_after(job.run_dir, 3)})
+    assert go(cut)["skipped_steps"] == sum(poisoned)
+    assert log_of(cut.run_dir) == log_of(job.run_dir)
 
 
 def test_a_step_without_weight_is_skipped(world: World) -> None:
