@@ -1,10 +1,13 @@
 """Students of all stages in one table, each against the teacher with which its chain began.
 
 Enters: a chain whose stages are done. Leaves: one row a student; what was measured stays in the stage's `measured/`.
-Costs: one pass over the first stage's held-out documents for each student that has another teacher.
+Costs: for each student a process, one pass over its first stage's held-out documents, and over its own stage's where
+its teacher is another.
 
 A student's own KL is to its own teacher, which in a later stage is a student itself: only against the first teacher
-can a chain be held beside direct distillation. Steps count the student's own, and those of all that led to it.
+can a chain be held beside direct distillation. Every row is measured here, by one code on all held-out documents: what
+a run says after training is of its `eval_packs`, its packing and its precision. Steps count the student's own, and
+those of all that led to it.
 """
 
 import json
@@ -17,6 +20,7 @@ from stillroom.pipeline.measured import held, keep, run_module, weights_of
 from stillroom.pipeline.pinning import SNAPSHOT
 from stillroom.pipeline.recipe.chain import Chain, Stage
 from stillroom.pipeline.student.bindings import EXPORT, RESULT, read_result
+from stillroom.pipeline.student.config import StudentConfig
 from stillroom.pipeline.train import manifest_path, student_folder
 from stillroom.storage.manifest import Manifest
 from stillroom.storage.snapshot import Snapshot
@@ -24,7 +28,8 @@ from stillroom.storage.snapshot import Snapshot
 
 def compare(chain: Chain, console: Console) -> list[dict[str, Any]]:
     """One row for each trained student, in the order of the stages."""
-    rows = []
+    rows: list[dict[str, Any]] = []
+    heldout: dict[str, str] = {}
     for stage in chain.stages:
         root, before = chain.root(stage), chain.steps(stage)
         for student in stage.recipe.students:
@@ -32,8 +37,9 @@ def compare(chain: Chain, console: Console) -> list[dict[str, Any]]:
             if not path.exists():
                 continue
             result = read_result(path)
-            own = result["after"] or {}
-            first = own if root is stage else _against(root, stage, student.name, console)
+            first, *others = _measured(root, stage, student, console)
+            own = others[0] if others else first
+            heldout[root.name] = Manifest.open(manifest_path(root.recipe)).digest
             rows.append(
                 {
                     "stage": stage.name,
@@ -43,45 +49,58 @@ def compare(chain: Chain, console: Console) -> list[dict[str, Any]]:
                     "parameters": result["parameters"],
                     "steps": result["steps"],
                     "steps_with_teachers": None if before is None else before + result["steps"],
+                    "heldout_positions": first.get("tokens"),
                     "kl_to_own_teacher": own.get("kl"),
                     **{f"{name}_to_first_teacher": first.get(name) for name in ("kl", "top1", "top5")},
-                    "perplexity": own.get("perplexity"),
+                    "perplexity": first.get("perplexity"),
                 }
             )
     show(rows, console)
+    if len(set(heldout.values())) > 1:
+        console.notice(
+            f"compare: stages {', '.join(heldout)} have corpora of their own: rows of what they led to are of other "
+            "held-out documents, and cannot be held beside each other"
+        )
     return rows
 
 
-def _against(root: Stage, stage: Stage, student: str, console: Console) -> dict[str, Any]:
-    """Of a student on the first stage's held-out documents; nothing where that stage pinned no signal."""
+def _measured(root: Stage, stage: Stage, student: StudentConfig, console: Console) -> list[dict[str, Any]]:
+    """Of a student on the first stage's held-out documents; of one in a later stage also on its own stage's, which
+    hold what its own teacher said. Without KL where no signal was pinned."""
     recipe = stage.recipe
-    folder = recipe.run_dir / "students" / student / EXPORT
-    snapshot = _snapshot(root)
-    if snapshot is None:
-        return {}
-    manifest = manifest_path(root.recipe)
+    folder = student_folder(recipe, student) / EXPORT
+    on = [(manifest_path(root.recipe), _snapshot(root))]
+    if root is not stage:
+        on.append((manifest_path(recipe), _there(student_folder(recipe, student) / SNAPSHOT)))
     wanted = {
-        "folder": str(folder), "weights": weights_of(folder), "manifest": Manifest.open(manifest).digest,
-        "snapshot": Snapshot.read(snapshot).digest,
+        "folder": str(folder), "weights": weights_of(folder), "on": [
+            [Manifest.open(manifest).digest, snapshot and Snapshot.read(snapshot).digest] for manifest, snapshot in on
+        ],
     }  # fmt: skip
-    name = f"{student}.first-teacher"
+    name = f"{student.name}.first-teacher"
     found = held(recipe.run_dir, name, wanted)
     if found is None:
-        console.info(f"compare: {stage.name}/{student} against the teacher of stage {root.name}")
+        console.info(f"compare: {stage.name}/{student.name} against the teacher of stage {root.name}")
         request = {
-            "folder": str(folder), "manifest": str(manifest), "snapshot": str(snapshot),
-            "device": recipe.teacher.device,
+            "folder": str(folder), "device": recipe.teacher.device, "on": [
+                {"manifest": str(manifest), "snapshot": snapshot and str(snapshot)} for manifest, snapshot in on
+            ],
         }  # fmt: skip
-        what = f"measuring {student} in {folder} against {snapshot}"
         began = time.monotonic()
-        found = dict(json.loads(run_module("stillroom.pipeline.student.against", request, what)))
+        what = f"measuring {student.name} in {folder} on held-out documents"
+        found = {"on": json.loads(run_module("stillroom.pipeline.student.against", request, what))}
         keep(recipe.run_dir, name, wanted, found, wall_s=time.monotonic() - began)
-    return found
+    return list(found["on"])
 
 
 def _snapshot(root: Stage) -> Path | None:
-    paths = [student_folder(root.recipe, student) / SNAPSHOT for student in root.recipe.students]
-    return next((path for path in paths if path.exists()), None)
+    """What any student of the stage learned from; None where all learned from the text alone."""
+    found = (_there(student_folder(root.recipe, student) / SNAPSHOT) for student in root.recipe.students)
+    return next((path for path in found if path), None)
+
+
+def _there(path: Path) -> Path | None:
+    return path if path.exists() else None
 
 
 def show(rows: list[dict[str, Any]], console: Console) -> None:

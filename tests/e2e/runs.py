@@ -188,6 +188,11 @@ def distil(setup: Setup, *overrides: str) -> tuple[Recipe, Sources, Plan]:
     """corpus → plan → teach in this process: the actor's own class without Ray, but for the founding of a hidden part.
     Returns what was planned."""
     recipe = setup.recipe(*overrides)
+    return recipe, *taught(recipe)
+
+
+def taught(recipe: Recipe) -> tuple[Sources, Plan]:
+    """The same of a recipe."""
     sources = Sources(recipe, Console(quiet=True))
     manifest = sources.manifest()
     store = found_store(recipe, sources, manifest, Console(quiet=True))
@@ -198,4 +203,4 @@ def distil(setup: Setup, *overrides: str) -> tuple[Recipe, Sources, Plan]:
         receipts = [actor.score_unit(*payload) for payload in work]
         assert len(store.commit(receipts)) == len(plan.pending)
         actor.release()
-    return recipe, sources, plan
+    return sources, plan
