@@ -218,11 +218,13 @@ def _run(
 
     with session(recipe.ray):
         pool = Pool(Actors(create, recipe.ray), recipe.ray, console.notice)
-        console.info(f"generate: starting {recipe.ray.actors} engine{'s' * (recipe.ray.actors > 1)}")
-        pool.start()
+        count = f"{recipe.ray.actors} engines of vLLM are" if recipe.ray.actors > 1 else "vLLM is"
+        console.info(f"generate: {count} starting (import and weights; 40 s is usual on a CPU)")
         status = GeneratingStatus(recipe, plan, manifest, store, batch, pool, console)
         state: State = "stopped"
         try:
+            pool.start(status.waiting)
+            status.begin()
             with console.progress(plan.pending_sequences, "prompts", label="generate") as progress:
                 _drain(pool.run(_payloads(plan, manifest)), batch, status, progress)
             state = "done"

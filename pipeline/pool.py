@@ -76,14 +76,16 @@ class Pool:
         """Actors that have their teacher loaded."""
         return sum(slot.loading is None for slot in self._slots)
 
-    def start(self) -> None:
+    def start(self, tick: Callable[[], None] = lambda: None) -> None:
         """Start all actors and wait until the first has its teacher loaded; the others join while units are scored.
 
+        tick: called about once a second while it waits.
         Raises what an actor's `ready` raises; TeacherError if `retries` + 1 actors in a row die while loading.
         """
         self._slots = [self._fresh() for _ in range(self._config.actors)]
         self._patience_ends = time.monotonic() + PATIENCE_S
         while not self.ready:
+            tick()
             done, _ = ray.wait([slot.loading for slot in self._slots], num_returns=1, timeout=TICK_S)
             self._welcome(done)
             self._say_if_none_is_ready()

@@ -31,9 +31,13 @@ class ProgressFile:
         self, files: Files, run: str, notice: Callable[[str], None], clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._files, self._run, self._notice, self._clock = files, run, notice, clock
-        self._began, self._began_at = clock(), utc_now()
-        self._last = -float("inf")
         self._failed = False
+        self.begin()
+
+    def begin(self) -> None:
+        """Its seconds run from here, not from when it was made; the next update is written."""
+        self._began, self._began_at = self._clock(), utc_now()
+        self._last = -float("inf")
 
     def update(self, counts: Callable[[], dict[str, Any]], *, news: bool, state: State = "teaching") -> bool:
         """Write, if it is time; whether it was. counts: what is written beside times and state; called only for that.

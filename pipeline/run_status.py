@@ -90,7 +90,8 @@ def _teaching(uri: str, run: str, done: str) -> dict[str, Any]:
     found = {"state": state, "done": units[done], "of": units["planned"], "rate": _rate(held)}
     left_s = _left_s(held, units["pending"], units[done])
     if state == "at work":
-        found |= {"left_s": left_s, "waits_for": _teachers(actors, units[done]), "silent_s": round(max(age_s, 0.0), 1)}
+        waits_for = _teachers(actors, units[done], done)
+        found |= {"left_s": left_s, "waits_for": waits_for, "silent_s": round(max(age_s, 0.0), 1)}
     if held["run"] != run:
         found["waits_for"] = f"the store is written by run {held['run']}"
     if held.get("quarantined"):
@@ -110,10 +111,11 @@ def _left_s(held: dict[str, Any], pending: int, done: int) -> float | None:
     return round(held["seconds"] / done * pending, 1) if done else None
 
 
-def _teachers(actors: dict[str, int], done: int) -> str:
+def _teachers(actors: dict[str, int], finished: int, done: str) -> str:
     if actors["ready"] < actors["wanted"]:
-        return f"{actors['wanted'] - actors['ready']} of {actors['wanted']} actors to start"
-    return "" if done else "the first unit"
+        what = "engines to start (vLLM: 40 s is usual on a CPU)" if done == "generated" else "actors to start"
+        return f"{actors['wanted'] - actors['ready']} of {actors['wanted']} {what}"
+    return "" if finished else "the first unit"
 
 
 def _training(folder: Path, student: dict[str, Any]) -> dict[str, Any]:

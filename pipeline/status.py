@@ -23,7 +23,8 @@ from stillroom.storage.store import Store, UnitStore
 
 
 class UnitStatus(ABC):
-    """Of any run over units: the progress file, and the units that are given up. Made when the first actor is ready."""
+    """Of any run over units: the progress file, and the units that are given up. `begin` is told when the first actor
+    is ready."""
 
     def __init__(
         self, recipe: Recipe, plan: Plan, manifest: Manifest, store: UnitStore, batch: Batch, pool: Pool,
@@ -34,9 +35,17 @@ class UnitStatus(ABC):
         self._quarantine = Quarantine(plan, manifest, console)
         self._file = ProgressFile(store.files, recipe.name, console.notice)
         self._news = False
-        batch.taught.actors = list(pool.said)
-        batch.start()
+
+    def begin(self) -> None:
+        """An actor is ready: the clocks run from here."""
+        self._file.begin()
+        self._batch.taught.actors = list(self._pool.said)
+        self._batch.start()
         self.tick(committed=True)
+
+    def waiting(self) -> None:
+        """About once a second before that: one that waits can be told from one that was killed."""
+        self._file.update(self._counts, news=False)
 
     def failed(self, event: Failed) -> None:
         """Raises TeacherError where it cannot be the units."""
@@ -76,7 +85,7 @@ class UnitStatus(ABC):
 
 
 class Status(UnitStatus):
-    """Of teaching. Its clocks run from when it is made."""
+    """Of teaching. Made when the first actor is ready."""
 
     def __init__(
         self,
@@ -94,6 +103,7 @@ class Status(UnitStatus):
         self._halved = False
         self._console, self._batch_tokens = console, recipe.teacher.batch_tokens
         super().__init__(recipe, plan, manifest, store, batch, pool, console)
+        self.begin()
 
     def scored(self, receipt: Receipt) -> None:
         self._metrics.scored(receipt.tokens, receipt.shard.size_bytes)
@@ -132,7 +142,7 @@ class Status(UnitStatus):
 
 
 class GeneratingStatus(UnitStatus):
-    """Of generating: units are of prompts, rows are generated tokens."""
+    """Of generating: units are of prompts, rows are generated tokens. Made before the engines are started."""
 
     def _counts(self) -> dict[str, Any]:
         taught = self._batch.taught

@@ -1,7 +1,7 @@
 """The pool on a real Ray, with actors that fail as they are told: who is to blame, what goes on, what stops."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -81,13 +81,19 @@ def said() -> list[str]:
     return []
 
 
-def pool(folder: Path, said: list[str], loading: str = "", config: RayConfig = CONFIG) -> Pool:
+def pool(
+    folder: Path,
+    said: list[str],
+    loading: str = "",
+    config: RayConfig = CONFIG,
+    tick: Callable[[], None] = lambda: None,
+) -> Pool:
     def create(**options: Any) -> Any:
         return ray.remote(max_concurrency=2, **options)(Scripted).remote(folder, loading)
 
     made = Pool(Actors(create, config), config, said.append)
     try:
-        made.start()
+        made.start(tick)
     except BaseException:
         made.stop()
         raise
@@ -150,7 +156,9 @@ def test_a_teacher_that_is_another_one_stops_all(tmp_path: Path, said: list[str]
 
 
 def test_an_actor_that_dies_while_loading_is_replaced(tmp_path: Path, said: list[str]) -> None:
-    made = pool(tmp_path, said, "dies once", CONFIG.model_copy(update={"actors": 1}))
+    ticks: list[int] = []
+    made = pool(tmp_path, said, "dies once", CONFIG.model_copy(update={"actors": 1}), lambda: ticks.append(1))
+    assert len(ticks) >= 2
     assert score(made, "a", "b") == ({"a", "b"}, {})
     assert [line.split(":")[0] for line in said] == ["an actor died while it loaded the teacher, another is started"]
 

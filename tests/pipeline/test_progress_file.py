@@ -54,6 +54,16 @@ def test_commits_are_shown_every_two_seconds_and_idleness_every_ten(files: Local
     assert held["updated_at"] >= held["began_at"]
 
 
+def test_its_seconds_run_from_where_it_is_told(files: LocalFiles, clock: Clock) -> None:
+    file = ProgressFile(files, "demo", pytest.fail, clock)
+    assert file.update(counts(0), news=False)
+    clock.now += 41
+    file.begin()
+    clock.now += 1
+    assert file.update(counts(1), news=True)
+    assert read(files)["seconds"] == 1.0
+
+
 @pytest.mark.parametrize("state", ["done", "stopped"])
 def test_the_end_is_always_shown(files: LocalFiles, clock: Clock, state: Any) -> None:
     file = ProgressFile(files, "demo", pytest.fail, clock)

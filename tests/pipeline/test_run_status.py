@@ -78,6 +78,19 @@ def test_teachers_at_work(tmp_path: Path) -> None:
     assert part(run, "teach")["waits_for"] == "the store is written by run other"
 
 
+def test_engines_that_start(tmp_path: Path) -> None:
+    run = make(tmp_path / "run")
+    recipe = json.loads((run / "recipe.resolved.yaml").read_text()) | {"generate": {"path": str(run / "said")}}
+    (run / "recipe.resolved.yaml").write_text(json.dumps(recipe))
+    assert part(run, "generate") == {"part": "generate", "state": "not begun"}
+    units, actors = {"planned": 4, "generated": 0, "quarantined": 0, "pending": 4}, {"wanted": 2, "ready": 0, "lost": 0}
+    file = ProgressFile(LocalFiles(run / "said"), "r", pytest.fail)
+    assert file.update(lambda: {"units": units, "actors": actors}, news=False)
+    found = part(run, "generate")
+    assert (found["state"], found["left_s"]) == ("at work", None)
+    assert found["waits_for"].startswith("2 of 2 engines to start (vLLM: ")
+
+
 def test_teachers_that_ended_and_teachers_that_fell_silent(tmp_path: Path) -> None:
     run = make(tmp_path / "run")
     teaching(run, state="done")
