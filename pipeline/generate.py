@@ -33,12 +33,14 @@ from stillroom.pipeline.recipe.schema import VERDICTS, Recipe
 from stillroom.pipeline.sources import Sources
 from stillroom.pipeline.taught import Batch, Taught
 from stillroom.pipeline.token_text import keep_token_table
-from stillroom.storage.errors import RecipeError, TeacherError
+from stillroom.storage.errors import IdentityMismatch, RecipeError, TeacherError
+from stillroom.storage.files import open_files
 from stillroom.storage.generations.records import GenerationIdentity
-from stillroom.storage.generations.store import GenerationStore, create_generations
+from stillroom.storage.generations.store import GenerationStore, create_generations, holds_generations
 from stillroom.storage.manifest import Manifest
 from stillroom.storage.records import Receipt, Sequence, Unit
-from stillroom.workers.generator import GeneratorSpec, require_vllm
+from stillroom.storage.shard import FOLDER as SHARDS
+from stillroom.workers.generator import GeneratorSpec, require_settings, require_vllm
 from stillroom.workers.teacher import TruthRequest
 
 if TYPE_CHECKING:  # ray takes a second
@@ -95,7 +97,9 @@ def generate(recipe: Recipe, sources: Sources, console: Console) -> Generated:
     function = None if config.quality.function is None else load_function(config.quality.function)
     console.info(f"generate: loading the tokenizer of {recipe.teacher.model}, reading the prompts")
     manifest, prompts = _prompts(recipe, config, sources, console)
-    store = create_generations(config.path, generation_identity(recipe, config, sources))
+    if not holds_generations(open_files(config.path)):  # of settings that cannot be, it would only be in the way
+        _require_settings(recipe, config, sources, console)
+    store = _store(config, generation_identity(recipe, config, sources))
     keep_token_table(store.files, sources.tokenizer, store.identity.vocabulary)
     plan = _plan(config, manifest, store, save=True)
     taught = Taught(plan.sequences, plan.held)
@@ -111,6 +115,27 @@ def generate(recipe: Recipe, sources: Sources, console: Console) -> Generated:
     reasons = judge(recipe, config, manifest, store, function)
     _say(reasons, console)
     return Generated(store, taught, prompts, reasons)
+
+
+def _require_settings(recipe: Recipe, config: GenerateConfig, sources: Sources, console: Console) -> None:
+    """Raises RecipeError for a quantisation that vLLM does not know, or not for this teacher; without its weights. On a
+    cluster the first engine says so: the driver need not have vLLM."""
+    from stillroom.pipeline.cluster import address_of
+
+    if config.engine.quantization is not None and address_of(recipe.ray) is None:
+        console.info(f"generate: asking vLLM about quantization {config.engine.quantization} (some 10 s, to import it)")
+        require_settings(generator_spec(recipe, config, sources))
+
+
+def _store(config: GenerateConfig, identity: GenerationIdentity) -> GenerationStore:
+    """Founded if it is not there. Raises IdentityMismatch if another lives there."""
+    try:
+        return create_generations(config.path, identity)
+    except IdentityMismatch as error:
+        files = open_files(config.path)
+        if not holds_generations(files) or files.list(SHARDS):
+            raise
+        raise IdentityMismatch(f"{error} Nothing is in it yet: removing that folder does as well.") from error
 
 
 def _plan(config: GenerateConfig, manifest: Manifest, store: GenerationStore, *, save: bool) -> Plan:

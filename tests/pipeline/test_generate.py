@@ -18,10 +18,11 @@ from stillroom.pipeline.sources import Sources
 from stillroom.storage.errors import CorpusError, IdentityMismatch, RecipeError, StoreError, TeacherError
 from stillroom.storage.generations.store import create_generations
 from stillroom.storage.manifest import Manifest
+from stillroom.workers.generator import GeneratorSpec
 from tests.e2e.runs import Setup, sentences
 from tests.pipeline.corpora import counts, ingested, write_jsonl
 from tests.pipeline.generations import kept_by_hand
-from tests.storage.generations.builders import identity
+from tests.storage.generations.builders import UNITS, identity, put
 from tests.tiny import tiny_tokenizer
 
 
@@ -198,6 +199,30 @@ class TestBeforeTheEngine:
         assert len(asked[0][0]) > 5
         assert len(set(asked[0][1])) == 20
         assert asked[0] == asked[1] == asked[2]
+
+    def test_settings_that_vllm_refuses_found_no_store(self, setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The real refusal: tests/e2e/test_generate.py."""
+
+        def refuse(spec: GeneratorSpec) -> None:
+            raise RecipeError(f"not {spec.quantization}")
+
+        monkeypatch.setattr("stillroom.pipeline.generate.require_settings", refuse)
+        recipe = setup.recipe("generate.engine.quantization=mint")
+        assert recipe.generate is not None
+        with pytest.raises(RecipeError, match="not mint"):
+            generate(recipe, Sources(recipe, Console(quiet=True)), Console(quiet=True))
+        assert not Path(recipe.generate.path).exists()
+
+    def test_a_store_with_nothing_in_it_may_be_removed(self, setup: Setup) -> None:
+        recipe = setup.recipe()
+        assert recipe.generate is not None
+        store = create_generations(recipe.generate.path, identity())
+        quiet = Console(quiet=True)
+        with pytest.raises(IdentityMismatch, match=r"Nothing is in it yet: removing that folder does as well\.$"):
+            generate(recipe, Sources(recipe, quiet), quiet)
+        put(store, UNITS[0])
+        with pytest.raises(IdentityMismatch, match=r"path of their own\.$"):
+            generate(recipe, Sources(recipe, quiet), quiet)
 
     def test_no_vllm_says_which_extra(self, setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
