@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from stillroom.pipeline.console import Console
+from stillroom.pipeline.inside import price_inside
 from stillroom.pipeline.options import (
     Option,
     Pilot,
@@ -47,6 +48,7 @@ PILOT_POSITIONS = 48
 
 def estimate(recipe: Recipe, plan: Plan, manifest: Manifest, sources: Sources, console: Console) -> dict[str, Any]:
     """What teaching the plan will take. hours: with `ray.actors` teachers as fast as this process's one."""
+    from stillroom.workers.digests import layers_and_heads
     from stillroom.workers.torch_teacher import TorchTeacher
 
     sequences = _sample(plan, manifest)
@@ -71,6 +73,9 @@ def estimate(recipe: Recipe, plan: Plan, manifest: Manifest, sources: Sources, c
         attention=identity.signal.attention,
     )
     scored = teacher.score_with_truth(sequences, signal=signal, positions=positions)
+    inside = price_inside(
+        teacher, identity, sequences, plan.pending, layers_and_heads(sources.teacher_folder), console.notice
+    )
     teacher.release()
     kept = (head_path(sha256_hex(head[0])), head[0]) if head else None
     calibrations = _calibrations(head[1], scored.signals) if head else {}
@@ -101,7 +106,10 @@ def estimate(recipe: Recipe, plan: Plan, manifest: Manifest, sources: Sources, c
         "cheapest": best.spec.in_words() if best else None,
         "cheapest_bytes_per_token": round(best.bytes_per_token, 1) if best else None,
         "options": [line for option in options for line in _lines(option, bound, plan.pending_tokens, hours)],
-        "also": _also(sources, teacher.hidden_width, options, plan.pending_tokens, recipe.corpus.window),
+        "also": [
+            {"keeps": name, "bytes_per_token": round(size, 1), "corpus_bytes": round(size * plan.pending_tokens)}
+            for name, size in inside
+        ],
     }
 
 
@@ -121,30 +129,6 @@ def _lines(option: Option, bound: Bound, tokens: int, hours: float) -> list[dict
             "teacher_hours": round(hours, 4),
         }
         for row in option.rows
-    ]
-
-
-def _also(sources: Sources, width: int, options: Seq[Option], tokens: int, window: int) -> list[dict[str, Any]]:
-    """What could be kept beside the output: priced from the final hidden state's measured bytes per channel, attention
-    maps at one byte for each earlier position of a full window; zstd leaves about 0.6 of it (codecs/attention.py)."""
-    from stillroom.workers.digests import layers_and_heads
-
-    layers, heads = layers_and_heads(sources.teacher_folder)
-    by_dtype = {o.spec.hidden.dtype: o for o in options if o.spec.hidden and o.spec.topk}
-    if "int16" not in by_dtype:
-        return []
-    beside = next(o for o in options if o.spec.topk == by_dtype["int16"].spec.topk and not o.spec.hidden)
-    hidden = by_dtype["int16"].bytes_per_token - beside.bytes_per_token
-    average = (window + 1) / 2
-    rows = [
-        ("one hidden layer, int16", hidden),
-        (f"every fourth of {layers} hidden layers, int16", hidden * -(-layers // 4)),
-        (f"all {layers} hidden layers, int16", hidden * layers),
-        ("one layer's attention, mean of heads, 1 byte", average),
-        (f"one layer's attention, {heads} heads, 1 byte", average * heads),
-    ]
-    return [
-        {"keeps": name, "bytes_per_token": round(size, 1), "corpus_bytes": round(size * tokens)} for name, size in rows
     ]
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from stillroom.storage.codecs.sampled import position_keys
 from stillroom.storage.codecs.tail import tail_lse_at
 from stillroom.storage.codecs.topk import nucleus
-from stillroom.storage.errors import BadLogits, RecipeError, TeacherError
+from stillroom.storage.errors import BadLogits, RecipeError, TeacherError, first_line
 from stillroom.storage.records import Float32, Sequence, Signal, SignalSpec
 from stillroom.workers import batching
 from stillroom.workers.digests import hidden_width, identity_parts
@@ -141,6 +141,18 @@ class TorchTeacher:
             "batch_shapes": [list(shape) for shape in batching.shapes(lengths, groups)],
             **versions(self.spec),
         }
+
+    def attend_in_full(self) -> None:
+        """As `attention` eager from here on, so that maps can be had of a teacher that runs another: rows shift within
+        the noise band. Raises TeacherError where transformers cannot switch this architecture."""
+        if self._model is None:
+            raise TeacherError(f"teacher {self.spec.folder} was released; load it anew")
+        model = self._model.model
+        try:
+            model.set_attn_implementation("eager")
+        except (ValueError, ImportError) as error:
+            raise TeacherError(f"attention of {self.spec.folder} cannot be made eager: {first_line(error)}") from error
+        self._attention = str(model.config.get_text_config()._attn_implementation)
 
     def release(self) -> None:
         """Free the weights. The teacher is of no use afterwards."""

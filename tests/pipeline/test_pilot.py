@@ -84,6 +84,27 @@ def test_its_price_is_that_of_the_store(tmp_path: Path, plan: Any) -> None:
     assert sum(ref.size_bytes for ref in refs) == pytest.approx(said["bytes"], rel=0.1)
 
 
+@pytest.mark.parametrize("heads", ["mean", "per_head"])
+def test_layers_and_maps_are_priced_as_a_store_has_them(tmp_path: Path, plan: Any, heads: str) -> None:
+    """Within a tenth: a few layers and sequences stand for all. The recipe that asks runs with attention that has no
+    maps, the store's with one that has."""
+    from stillroom.storage.catalog.inspect import inspect_store
+    from tests.e2e.runs import distil
+
+    setup = Setup.make(tmp_path, DOCUMENTS, teacher={"layers": 4}, store__unit_tokens=2048)
+    said = {row["keeps"]: row["bytes_per_token"] for row in plan(setup)["also"]}
+    maps = f"signal.attention={{every: 1, heads: {heads}}}"
+    distil(setup, "signal.layers={every: 1}", maps, "teacher.attention=eager")
+    sizes = inspect_store(str(tmp_path / "store"))["columns_bytes_per_token"]
+    layers = [size for name, size in sizes.items() if name.startswith("layer_")]
+    attention = [size for name, size in sizes.items() if name.startswith("attention_")]
+    assert said["one hidden layer, bfloat16"] == pytest.approx(sum(layers) / 4, rel=0.1)
+    assert said["every fourth of 4 hidden layers, bfloat16"] == pytest.approx(sizes["layer_4"], rel=0.1)
+    assert said["all 4 hidden layers, bfloat16"] == pytest.approx(sum(layers), rel=0.1)
+    name = {"mean": "mean of heads", "per_head": "4 heads"}[heads]
+    assert said[f"one layer's attention, {name}, uint8"] == pytest.approx(sum(attention) / 4, rel=0.1)
+
+
 def test_for_people_it_is_a_table(setup: Setup, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(setup.folder / "recipe.yaml"), "--quiet"]) == 0
     shown = capfd.readouterr().out
@@ -109,5 +130,5 @@ def test_a_teacher_without_a_storable_head(
         assert found["kind"] == "TeacherError"
         return
     assert found["head_bytes"] is None
-    assert found["also"] == []
+    assert any("hidden layer, bfloat16" in row["keeps"] for row in found["also"]), "they need no head"
     assert not any("hidden" in row["keeps"] for row in found["options"])
