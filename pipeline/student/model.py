@@ -36,8 +36,10 @@ def check_tokenizer(tokenizer: Any, *, source: str | Path, expected: str) -> Non
     if digest != expected:
         raise TokenizerMismatch(
             f"the student's tokenizer ({source}) has digest {digest}, the store was made with {expected}: its ids mean "
-            "other text. Train a student with the teacher's tokenizer (a cut has it), or distil this one from "
-            "generated text: sequence-level distillation works across tokenizers."
+            "other text. Train a student with the teacher's tokenizer (a cut has it), or this one by sequence-level "
+            "distillation: `stillroom generate` with the teacher, then `stillroom train` with a recipe that has "
+            f"teacher.model {source}, corpus.sources [generations:RUN/verdicts.parquet] and losses.alpha 0 "
+            "(deploy/guide/generations.md)."
         )
 
 

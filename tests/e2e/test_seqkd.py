@@ -1,22 +1,25 @@
 """`deploy/recipes/seqkd.yaml`, reduced by words on the command line: a tiny teacher, a real vLLM, and the table at its
-end."""
+end. Then a student with another tokenizer, from the same store of what that vLLM wrote."""
 
 import json
 import os
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from sacrebleu import corpus_bleu
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stillroom.pipeline.corpus.verdicts import read_verdicts
 from stillroom.storage.generations.store import open_generations
+from stillroom.storage.identity import tokenizer_digest
 from stillroom.storage.manifest import Manifest
+from tests.e2e.runs import Setup, sentences
 from tests.pipeline.test_measure import perplexity_of
 from tests.tiny import tiny_teacher
 from tests.workers.engines import NEEDED
@@ -52,10 +55,24 @@ def shown(table: str, row: str) -> list[str]:
     return line.strip().removeprefix(row).split()
 
 
-def test_the_recipe_ends_with_its_table(tmp_path: Path) -> None:
-    tiny_teacher(tmp_path / "teacher", head_dim=64)  # vLLM's attention on a CPU knows no heads of 8 channels
-    summary, printed = run(tmp_path)
-    folder = tmp_path / "run"
+@dataclass(frozen=True)
+class Done:
+    """The recipe run once: its folder, what --json printed, what people were shown."""
+
+    root: Path
+    summary: dict[str, Any]
+    printed: str
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
+    root = tmp_path_factory.mktemp("seqkd")
+    tiny_teacher(root / "teacher", head_dim=64)  # vLLM's attention on a CPU knows no heads of 8 channels
+    return Done(root, *run(root))
+
+
+def test_the_recipe_ends_with_its_table(done: Done) -> None:
+    summary, printed, folder = done.summary, done.printed, done.root / "run"
     assert json.loads((folder / "summary.json").read_text()) == summary
     table = printed[printed.index("sequence-level distillation") :]
 
@@ -99,7 +116,7 @@ def test_the_recipe_ends_with_its_table(tmp_path: Path) -> None:
     assert shown(table, "ten-layers: ROUGE-L of its answers")[0] == f"{answers['rouge_l']:.3f}"
 
     # Again: nothing runs, and the table is the same.
-    again, printed = run(tmp_path)
+    again, printed = run(done.root)
     assert again == summary
     assert printed[printed.index("sequence-level distillation") :] == table
     assert "is trained already" in printed
@@ -108,7 +125,37 @@ def test_the_recipe_ends_with_its_table(tmp_path: Path) -> None:
 
     # What a changed field of `evaluate.answers` touches.
     for change in ("evaluate.answers.max_tokens=9", "evaluate.answers.prompts=2"):
-        parts, _ = run(tmp_path, "--dry-run", change)
+        parts, _ = run(done.root, "--dry-run", change)
         assert {part["part"]: part["state"] for part in parts["parts"]} == {
             "generate": "done", "corpus": "done", "teach": "done", "train": "done", "evaluate": "runs",
         }  # fmt: skip
+
+
+def test_a_student_with_another_tokenizer_trains_on_the_text(done: Done, tmp_path: Path) -> None:
+    """As the guide does it: the student's own model lends the corpus its tokenizer, and nothing is scored."""
+    setup = Setup.make(
+        tmp_path, sentences(1, 2), teacher={"vocabulary": 300, "max_position_embeddings": 1024},
+        corpus__sources=[f"generations:{done.root / 'run' / 'verdicts.parquet'}"], corpus__window=1024,
+        corpus__heldout=0.25, students__0__losses={"alpha": 0.0},
+        students__0__model={"from": str(tmp_path / "teacher")},
+    )  # fmt: skip
+    printed = setup.run("train")
+    verdicts, _ = read_verdicts(done.root / "run" / "verdicts.parquet")
+    kept = {(v["prompt"], v["sample"]) for v in verdicts.to_pylist() if v["kept"]}
+    assert f"{len(kept)} generations were written with another tokenizer" in printed
+    assert not (tmp_path / "store").exists()
+
+    # What is learned is the text of the kept responses, in the student's own ids, and how the template ends an answer.
+    store = open_generations(str(done.root / "run" / "generations"))
+    found = [r for unit in store.units() for r in unit.responses if (r.prompt, r.sample) in kept]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "teacher")
+    manifest = Manifest.open(tmp_path / "run" / "corpus.parquet")
+    learned = [tokenizer.decode(row.sequence.input_ids[row.mask]) for row in manifest]
+    assert Counter(learned) == Counter(f"{r.text}<|end|>\n" for r in found)
+
+    # The student is one of that tokenizer, exported with it, and says the held-out responses better than before.
+    result = json.loads((tmp_path / "run" / "students" / "cut" / "result.json").read_text())
+    assert result["after"]["perplexity"] < result["before"]["perplexity"]
+    held = AutoTokenizer.from_pretrained(result["export"])
+    digest = tokenizer_digest(held.backend_tokenizer.to_str())
+    assert digest == manifest.meta.tokenizer != store.identity.tokenizer
