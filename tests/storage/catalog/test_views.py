@@ -6,6 +6,7 @@ from typing import Any
 
 import duckdb
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from stillroom.pipeline.cli import main
 from stillroom.pipeline.token_text import keep_token_table, token_rows
 from stillroom.storage.catalog.inspect import inspect_store
-from stillroom.storage.catalog.views import TokenRow, token_table, views_sql, write_token_table
+from stillroom.storage.catalog.views import TokenRow, texts_of, token_table, views_sql, write_token_table
 from stillroom.storage.errors import CorruptShard, StoreError
 from stillroom.storage.files import LocalFiles, content_digest, sha256_hex
 from stillroom.storage.records import (
@@ -209,9 +210,40 @@ def test_the_token_table_has_every_id(tmp_path: Path) -> None:
     table = pq.read_table(tmp_path / name, use_threads=False)
     assert table["id"].to_pylist() == list(range(len(tokenizer) + 2))
     assert table["token"].to_pylist() == [*tokenizer.convert_ids_to_tokens(range(len(tokenizer))), None, None]
-    assert table["text"].to_pylist()[-2:] == ["", ""]
-    assert "�" in table["text"].to_pylist()
     assert len(set(table["token"].to_pylist())) == len(tokenizer) + 1
+    assert texts_of(files) == [row.text for row in rows]
+    assert texts_of(files)[-2:] == ["", ""]
+    assert "�" in texts_of(files)
+    assert None in table["text"].to_pylist(), "a text that its token spells is not written again"
+
+
+#: Spelled by marks, with none, as other than they are, with quotes and marks of their own.
+ODD = [("a", "a"), ("Ġa", " a"), ("▁▁", "  "), ("ĊĠ", "\n "), ("▁the", "the"), ("Ã©", "é"), ("<0x0A>", "\n"),
+       ("Ġ", "Ġ"), ("it's", "it's"), ("", ""), (None, ""), (None, "x"), ("\n", "\n")]  # fmt: skip
+
+
+def test_texts_come_back_whether_or_not_their_token_spells_them(tmp_path: Path) -> None:
+    rows = [TokenRow(number, *row) for number, row in enumerate(ODD)]
+    store = made(tmp_path, SignalSpec(TopKSpec(K)))
+    write_token_table(store.files, rows)
+    assert texts_of(store.files) == [text for _, text in ODD]
+    assert query(store, "SELECT id, token, text FROM tokens ORDER BY id") == rows
+
+
+def test_a_table_of_an_earlier_release_is_read(tmp_path: Path) -> None:
+    """It has every text written out, with dictionaries."""
+    store = made(tmp_path, SignalSpec(TopKSpec(K)))
+    columns = zip(*((number, token, text) for number, (token, text) in enumerate(ODD)), strict=True)
+    names = [pa.field("id", pa.int32(), nullable=False), ("token", pa.string()),
+             pa.field("text", pa.string(), nullable=False)]  # fmt: skip
+    sink = pa.BufferOutputStream()
+    schema = pa.schema(names)
+    pq.write_table(pa.table([pa.array(c, f.type) for c, f in zip(columns, schema, strict=True)], schema=schema), sink,
+                   compression="zstd", write_page_checksum=True)  # fmt: skip
+    data = sink.getvalue().to_pybytes()
+    store.files.write(f"_stillroom/tokens-{sha256_hex(data)}.parquet", data)
+    assert texts_of(store.files) == [text for _, text in ODD]
+    assert query(store, "SELECT token, text FROM tokens ORDER BY id") == ODD
 
 
 def test_a_store_that_sql_cannot_read_says_so(tmp_path: Path) -> None:
