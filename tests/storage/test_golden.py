@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,30 @@ from stillroom.storage.records import Sequence, SignalSpec, TopKSpec
 from stillroom.storage.snapshot import Snapshot
 from stillroom.storage.store import create_store, open_store
 from stillroom.storage.stream import Stream
-from tests.golden.make import HERE, SIGNALS, contents, golden_sequences, of_version
+from tests.golden.make import (
+    HERE,
+    PINNED,
+    SIGNALS,
+    WITH_SIDE_FILES,
+    contents,
+    golden_sequences,
+    of_version,
+    snapshot_contents,
+)
 from tests.strategies import tiny_identity, unit_of, write_unit
 
 EXPECTED = {path.parent.name: json.loads(path.read_text()) for path in sorted(HERE.glob("*/expected.json"))}
-STORES = [(version, name) for version in EXPECTED for name in EXPECTED[version] if name != "manifest"]
+BESIDE = {"manifest", "snapshot"}
+STORES = [(version, name) for version in EXPECTED for name in EXPECTED[version] if name not in BESIDE]
+#: Versions that have a student's snapshot.
+PINNING = [version for version in EXPECTED if "snapshot" in EXPECTED[version]]
 
-#: Over the files of a released version, by `_digest`. They are not made anew for anything.
-RELEASED = {"v1": "9bf5008c07ef643031c9fa825e6f43c34e45a3c533356b272824bfabfbbd89da"}
+#: Over the files of a version, by `_digest`. They are not made anew for anything; one that is added changes the digest.
+RELEASED = {
+    "v1": "9bf5008c07ef643031c9fa825e6f43c34e45a3c533356b272824bfabfbbd89da",
+    "v2": "5b3807182373878c4e0379e4e4f3e5d78903e95ace63dc24aafb508dd044393a",
+    "v3": "b20bbe5ec045498bb1f15f56002cb1102b782ff8f2bd1befb507b3a2e0aabf89",
+}
 
 #: Identities of the stores of format 1. Every shard of theirs states one.
 V1_IDS = {"int16": "2260e4ab4c183430ee34c1073cb540ae", "float32": "727ce5d8ae7f7ae1d4ff3698fdb54bc6"}
@@ -46,7 +63,12 @@ def copy(version: str, to: Path) -> Path:
 def test_there_is_one_of_every_format_and_signal() -> None:
     assert sorted(EXPECTED) == [f"v{number}" for number in READABLE_FORMATS]
     for number in READABLE_FORMATS:
-        assert set(EXPECTED[f"v{number}"]) == {*of_version(number), "manifest"}
+        assert set(EXPECTED[f"v{number}"]) - {"snapshot"} == {*of_version(number), "manifest"}
+    assert PINNING == ["v2"]
+    kept = [SIGNALS[name] for version, name in STORES]
+    assert {spec.topk.layout for spec in kept if spec.topk} == {"plain", "packed"}
+    assert {spec.hidden.dtype for spec in kept if spec.hidden} == {"bfloat16", "int8", "int16"}
+    assert [name for version, name in STORES if "truth" in EXPECTED[version][name]] == [WITH_SIDE_FILES]
 
 
 @pytest.mark.parametrize("version", RELEASED)
@@ -76,6 +98,19 @@ def test_its_manifest_and_stream_are_read(tmp_path: Path, version: str, name: st
         s.digest for n, s in enumerate(golden_sequences()) if n != 3
     )
     assert all(p.signal is not None and len(p.signal) == len(p.positions) for p in packs)
+
+
+@pytest.mark.parametrize("version", PINNING)
+def test_a_snapshot_is_read_and_trained_from(tmp_path: Path, version: str) -> None:
+    folder = copy(version, tmp_path)
+    snapshot = Snapshot.read(folder / "snapshot.parquet")
+    assert snapshot_contents(snapshot) == EXPECTED[version]["snapshot"]
+    store = open_store(str(folder / PINNED))
+    assert snapshot.identity == store.identity
+    assert snapshot.refs == store.committed()
+    placed = replace(snapshot, uri=store.uri)
+    packs = list(Stream(manifest=Manifest.open(folder / "manifest.parquet"), snapshot=placed, window=16, epochs=1))
+    assert sum(len(pack.sequences) for pack in packs) == len(golden_sequences()) - 1
 
 
 @pytest.mark.parametrize("name", V1_IDS)
