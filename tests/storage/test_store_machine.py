@@ -1,4 +1,4 @@
-"""A store under writers that write, commit, crash, retry and race, against a dictionary that cannot go wrong."""
+"""A store under writers that write, commit, crash, retry, race and resume, against a dictionary that cannot err."""
 
 import shutil
 import tempfile
@@ -9,9 +9,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from stillroom.pipeline.plan import make_plan
 from stillroom.storage.records import Receipt, ShardRef
 from stillroom.storage.store import Store, create_store, open_store
-from tests.strategies import random_sequences, tiny_identity, unit_of, write_unit
+from tests.strategies import random_sequences, tiny_identity, tiny_manifest, unit_of, write_unit
 
 SEQUENCES = random_sequences(np.random.default_rng(0), 12, longest=4)
 UNITS = [SEQUENCES[at : at + 3] for at in range(0, 12, 3)]
@@ -32,6 +33,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.root = Path(tempfile.mkdtemp(prefix="stillroom-test-"))
         self.reader = create_store(str(self.root), tiny_identity(k=2, vocabulary=40))
         self.reader.save_plan([unit_of(unit) for unit in UNITS])
+        self.manifest = tiny_manifest(self.root / "corpus.parquet", SEQUENCES)
         self.writers: list[Store] = [open_store(str(self.root)) for _ in range(2)]
         self.pending: list[list[Receipt]] = [[], []]
         self.orphans: list[Receipt] = []
@@ -72,6 +74,19 @@ class StoreMachine(RuleBasedStateMachine):
     def commit_what_a_crashed_writer_left(self, writer: int) -> None:
         self._commit(writer, self.orphans)
         self.orphans = []
+
+    @rule(writer=writers, unit=units, at_a_time=st.integers(1, 4))
+    def resume(self, writer: int, unit: int, at_a_time: int) -> None:
+        """A run that starts plans what the log does not name; the first of it is scored and committed."""
+        plan = make_plan(self.manifest, self.writers[writer], unit_tokens=at_a_time, seed=unit)
+        wanted = {unit_of(unit).id: unit for unit in UNITS if unit_of(unit).id not in self.model}
+        assert {u.id for u in plan.pending} == wanted.keys()
+        assert len(plan.pending) == len(wanted), "a unit is pending once"
+        assert plan.held == sum(len(unit) for unit in UNITS) - sum(len(unit) for unit in wanted.values())
+        planned = [u.id for u in self.reader.planned()]
+        assert planned == [unit_of(unit).id for unit in UNITS], "nothing is packed anew"
+        if plan.pending:
+            self._commit(writer, [write_unit(self.writers[writer], wanted[plan.pending[0].id])])
 
     def _commit(self, writer: int, receipts: list[Receipt]) -> None:
         committed = self.writers[writer].commit(receipts)
