@@ -89,6 +89,18 @@ def pin_open(
     return path
 
 
+def to_be_pinned(student: StudentConfig, manifest: Manifest, folder: Path, store: Store) -> Snapshot | None:
+    """What `pinned` gives where the store holds all of the corpus. Writes nothing."""
+    stated = {"manifest": manifest.digest, "store": store.files.uri}
+    held, path = _note(folder), folder / SNAPSHOT
+    if held == stated | {"signal": True} and path.exists():
+        return Snapshot.read(path)
+    if not student.taught and held == stated | {"signal": False}:
+        return None
+    found: Snapshot = store.snapshot(_digests(manifest))
+    return found
+
+
 class Follower:
     """Tells a student on an open snapshot what the log gets.
 

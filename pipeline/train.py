@@ -14,7 +14,15 @@ from stillroom.pipeline.console import format_number as number
 from stillroom.pipeline.pinning import pinned
 from stillroom.pipeline.recipe.schema import Recipe
 from stillroom.pipeline.sources import Sources
-from stillroom.pipeline.student.bindings import EXPORT, RESULT, bindings_of, finished, read_result, require_same
+from stillroom.pipeline.student.bindings import (
+    EXPORT,
+    RESULT,
+    asked_now,
+    bindings_of,
+    finished,
+    held_in,
+    require_same,
+)
 from stillroom.pipeline.student.config import StudentConfig, StudentJob, student_window
 from stillroom.pipeline.student.curriculum import other_corpus, phase_steps
 from stillroom.pipeline.student.features.maps import resolve
@@ -126,12 +134,12 @@ def require_possible(recipe: Recipe, student: StudentConfig, manifest: Manifest,
 
 
 def require_untouched(recipe: Recipe, student: StudentConfig, manifest: Manifest) -> None:
-    """Raises StudentError if the student is trained already, on another corpus or by other numbers: said before the
-    teacher has worked for it."""
-    path = student_folder(recipe, student) / RESULT
-    if path.exists():
-        held = read_result(path)["bindings"]
-        require_same(held, {**held, "config": student.numbers(), "manifest": manifest.digest}, path)
+    """Raises StudentError if the student is trained or begun already, on other text or by other numbers: said before
+    the teacher has worked for it."""
+    found = held_in(student_folder(recipe, student))
+    if found:
+        path, held = found
+        require_same(held, asked_now(held, student, manifest), path)
 
 
 def result_of(job: StudentJob) -> dict[str, Any] | None:

@@ -17,11 +17,12 @@ from typing import Any, Literal
 from stillroom.pipeline.console import Console
 from stillroom.pipeline.corpus.ingest import held_manifest, ingest
 from stillroom.pipeline.evaluate import stale_measures
+from stillroom.pipeline.pinning import to_be_pinned
 from stillroom.pipeline.plan import make_plan
 from stillroom.pipeline.recipe.chain import Chain, Stage
 from stillroom.pipeline.recipe.schema import VERDICTS, Recipe
 from stillroom.pipeline.sources import Sources
-from stillroom.pipeline.student.bindings import EXPORT, RESULT, read_result
+from stillroom.pipeline.student.bindings import EXPORT, RESULT, asked_now, differences, held_in
 from stillroom.pipeline.student.config import StudentConfig
 from stillroom.pipeline.train import manifest_path, student_folder
 from stillroom.storage.errors import IdentityMismatch
@@ -177,37 +178,38 @@ class _Stage:
 
     def _train(self, student: StudentConfig, manifest: Manifest | None, taught: Part, store: Store | None) -> Part:
         folder = student_folder(self._recipe, student)
-        path = folder / RESULT
-        why = self._stale(path, student, manifest, taught, store) if path.exists() else None
+        why = self._stale(folder, student, manifest, taught, store)
         if why:
             return self._part("train", "stale", why, student=student.name, where=folder)
-        if not path.exists() or not (folder / EXPORT).is_dir():
+        if not (folder / RESULT).exists() or not (folder / EXPORT).is_dir():
             steps = sorted(entry.name for entry in (folder / "checkpoints").glob("step-*"))
             begun = f"begun, it goes on after step {int(steps[-1].removeprefix('step-'))}" if steps else ""
             return self._part("train", "runs", begun or "not trained yet", student=student.name)
         return self._part("train", "done", "", student=student.name)
 
     def _stale(
-        self, path: Path, student: StudentConfig, manifest: Manifest | None, taught: Part, store: Store | None
+        self, folder: Path, student: StudentConfig, manifest: Manifest | None, taught: Part, store: Store | None
     ) -> str | None:
-        """Why a trained student is not the one that the recipe describes."""
-        held = read_result(path)["bindings"]
-        then, now = held["config"], student.numbers()
-        differing = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key))
-        if differing:
-            return f"{', '.join(differing)} {'is' if len(differing) == 1 else 'are'} not what it was trained with"
+        """Why a student that is trained or begun is not the one that the recipe describes: where a run refuses it, and
+        where it learned from what is made anew first."""
+        found = held_in(folder)
+        if not found:
+            return None
+        held, trained = found[1], (folder / RESULT).exists()
+        text = held | {"config": student.numbers()} if manifest is None else asked_now(held, student, manifest)
+        if differing := differences(held, text):
+            return "; ".join(differing)
         if self._untrained or manifest is None:
-            return self._untrained or "the corpus is made anew first"
-        if held["manifest"] != manifest.digest:
-            return "the corpus has other sequences, masks, weights or held-out documents"
+            return (self._untrained or "the corpus is made anew first") if trained else None
         if held["snapshot"] is None:
             return None
         if taught.state != "done" or store is None:
-            return f"what it learns from is taught first: {taught.why}"
-        digests = {s.decode() for s in manifest.index().sequences.tolist()}
-        if store.snapshot(digests).digest != held["snapshot"]:
-            return "the store holds other shards than it was trained on"
-        return None
+            # Begun while its teachers still wrote, it goes on from there.
+            unsettled = trained or taught.state == "stale"
+            return f"what it learns from is taught first: {taught.why}" if unsettled else None
+        snapshot = to_be_pinned(student, manifest, folder, store)
+        asked = {"snapshot": snapshot and snapshot.digest, "planned": snapshot and snapshot.planned_digest}
+        return "; ".join(differences(held, text | asked)) or None
 
     def _evaluate(self, manifest: Manifest | None, trained: list[Part]) -> Part:
         waits = [part.student for part in trained if part.state != "done"]

@@ -5,10 +5,11 @@ footer and the snapshot's list; no tensor, no model.
 """
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from stillroom.pipeline.student.config import StudentJob
+from stillroom.pipeline.student.config import StudentConfig, StudentJob
 from stillroom.pipeline.student.mix import sources_of
 from stillroom.storage.errors import StudentError
 from stillroom.storage.manifest import Manifest
@@ -28,20 +29,42 @@ LOG = "log.jsonl"
 
 def bindings_of(job: StudentJob, manifest: Manifest, snapshot: Snapshot | None) -> Bindings:
     """All that must be the same for two runs to be one."""
-    corpora = {str(path): Manifest.open(path).digest for path in job.student.corpora()}
-    return {
-        "config": job.student.numbers(),
-        "manifest": manifest.digest,
+    return _without_store(job.student, manifest) | {
         "snapshot": None if snapshot is None else snapshot.digest,
         "planned": None if snapshot is None else snapshot.planned_digest,
+    }
+
+
+def asked_now(held: Bindings, student: StudentConfig, manifest: Manifest) -> Bindings:
+    """Bindings as far as they are known without the store; the rest is taken to be as `held` has it."""
+    return {key: held[key] for key in ("snapshot", "planned", "base") if key in held} | _without_store(
+        student, manifest
+    )
+
+
+def _without_store(student: StudentConfig, manifest: Manifest) -> Bindings:
+    corpora = {str(path): Manifest.open(path).digest for path in student.corpora()}
+    return {
+        "config": student.numbers(),
+        "manifest": manifest.digest,
         # Not in those of a release that had none.
         **({"corpora": corpora} if corpora else {}),
-        **({"sources": [list(source) for source in sources_of(manifest)]} if job.student.mix else {}),
+        **({"sources": [list(source) for source in sources_of(manifest)]} if student.mix else {}),
     }
 
 
 def require_same(stored: Bindings, asked: Bindings, where: object) -> None:
     """Raises StudentError naming each part in which what lies at `where` differs from what is asked for."""
+    differing = differences(stored, asked)
+    if differing:
+        raise StudentError(
+            f"{where} belongs to another run ({'; '.join(differing)}). Restore what it was trained with, or give this "
+            "student a name of its own, or put this one aside: `stillroom run --redo`."
+        )
+
+
+def differences(stored: Bindings, asked: Bindings) -> list[str]:
+    """Each part in which two runs differ, in words; none: they are one. A run and a dry run both go by this."""
     then, now = stored["config"], asked["config"]
     differing = [
         f"{key}: {then.get(key)} there, {now.get(key)} asked"
@@ -59,16 +82,24 @@ def require_same(stored: Bindings, asked: Bindings, where: object) -> None:
     if stored.get("sources") != asked.get("sources") and then.get("mix") == now.get("mix"):
         differing.append(f"sources: {stored.get('sources')} there, {asked.get('sources')} now (names of the corpus's)")
     there, now_there = stored.get("corpora", {}), asked.get("corpora", {})
-    differing += [
+    return differing + [
         f"{path}: {there[path]} there, {now_there[path]} now"
         for path in sorted(there.keys() & now_there.keys())
         if there[path] != now_there[path]
     ]
-    if differing:
-        raise StudentError(
-            f"{where} belongs to another run ({'; '.join(differing)}). Restore what it was trained with, or give this "
-            "student a name of its own, or put this one aside: `stillroom run --redo`."
-        )
+
+
+def held_in(folder: Path) -> tuple[Path, Bindings] | None:
+    """What a student's folder is bound to, and the file that says so: its result, or while it has none its newest
+    checkpoint that can be read. None: nothing is begun. Raises StudentError for a result that is none."""
+    if (folder / RESULT).exists():
+        return folder / RESULT, read_result(folder / RESULT)["bindings"]
+    for path in sorted((folder / "checkpoints").glob("step-*/state.json"), reverse=True):
+        with suppress(OSError, ValueError, KeyError, TypeError):  # damaged: a run passes over it as well
+            bindings: Bindings = json.loads(path.read_text())["bindings"]
+            bindings["config"], bindings["manifest"], bindings["snapshot"]
+            return path.parent, bindings
+    return None
 
 
 def finished(job: StudentJob, bindings: Bindings) -> dict[str, Any] | None:

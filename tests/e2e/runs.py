@@ -27,6 +27,10 @@ from stillroom.pipeline.precompute import _payloads, _truth_wanted
 from stillroom.pipeline.recipe import load_recipe
 from stillroom.pipeline.recipe.schema import Recipe
 from stillroom.pipeline.sources import Sources
+from stillroom.pipeline.student.session import run as train_here
+from stillroom.pipeline.train import job_of
+from stillroom.storage.manifest import Manifest
+from stillroom.storage.snapshot import Snapshot
 from stillroom.storage.store import Store, open_store
 from stillroom.workers.actor import TeacherActor
 from tests.tiny import WORDS, tiny_teacher
@@ -204,3 +208,11 @@ def taught(recipe: Recipe) -> tuple[Sources, Plan]:
         assert len(store.commit(receipts)) == len(plan.pending)
         actor.release()
     return sources, plan
+
+
+def trained(recipe: Recipe) -> None:
+    """A recipe's store filled and its students trained, in this process: no Ray, and nothing evaluated."""
+    taught(recipe)
+    for student in recipe.students:
+        job = job_of(recipe, student)
+        train_here(job, Manifest.open(job.manifest), Snapshot.read(job.snapshot) if job.snapshot else None)

@@ -10,11 +10,7 @@ import yaml
 from stillroom.pipeline.console import Console
 from stillroom.pipeline.recipe import Chain, load_chain
 from stillroom.pipeline.stages.compare import compare
-from stillroom.pipeline.student.session import run
-from stillroom.pipeline.train import job_of
-from stillroom.storage.manifest import Manifest
-from stillroom.storage.snapshot import Snapshot
-from tests.e2e.runs import Setup, sentences, taught
+from tests.e2e.runs import Setup, sentences, trained
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
@@ -39,9 +35,7 @@ def _chain(tmp_path: Path) -> Chain:
     (setup.folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     chain = load_chain(setup.folder / "recipe.yaml", files=False)
     for found in chain.stages:
-        taught(found.recipe)
-        job = job_of(found.recipe, found.recipe.students[0])
-        run(job, Manifest.open(job.manifest), Snapshot.read(job.snapshot) if job.snapshot else None)
+        trained(found.recipe)
     return chain
 
 

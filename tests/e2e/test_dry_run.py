@@ -407,7 +407,7 @@ def test_what_other_settings_made_is_put_aside_and_a_killed_chain_goes_on(done: 
     change, stages = "stages.0.students.0.lr=0.002", done.folder / "run" / "stages"
     before = (stages / "one" / "students" / "a" / "result.json").read_bytes()
     refused = done.run("run", change, code=2)
-    assert "train a of stage one was made by other settings: lr is not what it was trained with" in refused
+    assert "train a of stage one was made by other settings: lr: 0.001 there, 0.002 asked" in refused
     assert "`--redo` puts it aside" in refused
     process = done.start("run", change, "--redo")
     log = stages / "two" / "students" / "b" / "log.jsonl"

@@ -1,0 +1,108 @@
+"""What a dry run calls done, a run takes as done; what a run refuses, a dry run calls stale, and `--redo` gets out of
+it. Each on a student that was trained, or begun, by other settings than the recipe's."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stillroom.pipeline.console import Console
+from stillroom.pipeline.recipe import load_chain
+from stillroom.pipeline.sources import Sources
+from stillroom.pipeline.stages.dry_run import Part, parts_of
+from stillroom.pipeline.stages.redo import put_aside
+from stillroom.pipeline.train import job_of, require_untouched, result_of
+from stillroom.storage.errors import StudentError
+from stillroom.storage.manifest import Manifest
+from tests.e2e.runs import Setup, sentences, trained, write_corpus
+
+pytestmark = pytest.mark.real
+
+QUIET = Console(quiet=True)
+
+
+def setup_of(folder: Path, **student: Any) -> Setup:
+    """Two sources with names, and a student of two steps."""
+    sources = [{"path": str(folder / f"{name}.jsonl"), "name": name} for name in ("a", "b")]
+    for number, name in enumerate(("a", "b")):
+        write_corpus(folder / f"{name}.jsonl", sentences(number, 12))
+    fields = {f"students__0__{key}": value for key, value in ({"steps": 2, "checkpoint_every": 1} | student).items()}
+    return Setup.make(folder, [], corpus__sources=sources, **fields)
+
+
+def train_part(setup: Setup, *overrides: str) -> Part:
+    (found,) = (part for part in parts_of(load_chain(setup.folder / "recipe.yaml", overrides)) if part.part == "train")
+    return found
+
+
+def refused(setup: Setup, *overrides: str) -> str:
+    """What a run says of the student before the teacher works for it."""
+    recipe = setup.recipe(*overrides)
+    manifest = Sources(recipe, QUIET).manifest()
+    with pytest.raises(StudentError, match="belongs to another run") as error:
+        require_untouched(recipe, recipe.students[0], manifest)
+    return str(error.value)
+
+
+@pytest.mark.slow
+def test_a_source_of_a_mix_by_another_name(tmp_path: Path) -> None:
+    setup = setup_of(tmp_path, mix={"shares": {"a": 0.5}})
+    trained(setup.recipe())
+    assert train_part(setup).state == "done"
+    rename = "corpus.sources.1.name=c"
+    part = train_part(setup, rename)
+    assert (part.state, part.why.split(":")[0]) == ("stale", "sources")
+    assert part.why in setup.run("run", rename, code=1)
+    setup.run("run", rename, "--redo")
+    assert {part.state for part in parts_of(load_chain(setup.folder / "recipe.yaml", [rename]))} == {"done"}
+
+
+def test_another_corpus_of_a_phase_in_the_same_place(tmp_path: Path) -> None:
+    other = tmp_path / "phase.parquet"
+    phases = [{"steps": 1}, {"steps": 1, "corpus": str(other), "losses": {"alpha": 0}}]
+    setup = setup_of(tmp_path, steps=None, phases=phases)
+    for limit in (12, 6):  # the second one lies elsewhere until the student is trained
+        elsewhere = setup.recipe(f"run_dir={tmp_path}/{limit}", f"corpus.limit_documents={limit}")
+        Sources(elsewhere, QUIET).manifest()
+    shutil.copy(tmp_path / "12" / "corpus.parquet", other)
+    trained(setup.recipe())
+    assert train_part(setup).state == "done"
+    shutil.copy(tmp_path / "6" / "corpus.parquet", other)
+    part = train_part(setup)
+    assert part.state == "stale"
+    assert part.why.startswith(f"{other}: ")
+    assert part.why.endswith(f"{Manifest.open(other).digest} now")
+    assert part.why in refused(setup)
+    put_aside([part], QUIET)
+    assert train_part(setup).state == "runs"
+    trained(setup.recipe())
+    assert train_part(setup).state == "done"
+
+
+def test_a_student_that_is_begun(tmp_path: Path) -> None:
+    setup = setup_of(tmp_path)
+    trained(setup.recipe())
+    folder = tmp_path / "run" / "students" / "cut"
+    (folder / "result.json").unlink()
+    assert train_part(setup).why == "begun, it goes on after step 2"
+    for change, why in (("students.0.lr=0.5", "lr: 0.001 there, 0.5 asked"), ("corpus.heldout=0.4", "manifest: ")):
+        part = train_part(setup, change)
+        assert part.state == "stale"
+        assert part.why.startswith(why)
+        assert part.why in refused(setup, change)
+        Sources(setup.recipe(), QUIET).manifest()  # as it was
+    (folder / "checkpoints" / "step-00000002" / "state.json").write_text("{")
+    assert train_part(setup, "students.0.lr=0.5").state == "stale", "the one before it says so too"
+    put_aside([train_part(setup, "students.0.lr=0.5")], QUIET)
+    assert train_part(setup, "students.0.lr=0.5").why == "not trained yet"
+
+
+def test_a_store_that_has_grown_is_no_other_one(tmp_path: Path) -> None:
+    """A student keeps the list of shards that it began with."""
+    setup = setup_of(tmp_path)
+    trained(setup.recipe())
+    trained(setup.recipe(f"run_dir={tmp_path}/more", "corpus.window=24"))
+    assert train_part(setup).state == "done"
+    recipe = setup.recipe()
+    assert result_of(job_of(recipe, recipe.students[0])) is not None
