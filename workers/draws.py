@@ -31,6 +31,7 @@ from stillroom.storage.codecs.sampled import MOST_DRAWS
 from stillroom.storage.errors import BadLogits
 from stillroom.storage.records import Int32, Sampled
 from stillroom.workers.extract import CPU_CHUNK_BYTES
+from stillroom.workers.transfer import to_device, to_host
 
 #: Bits of a key that make u. With N < 2^15 every u + i is exact in float64, and (u + i) / N stays below 1 by more
 #: than its rounding, so that the last draw cannot fall behind the last id.
@@ -58,11 +59,40 @@ def draw(
 
     Raises BadLogits for a NaN or +inf anywhere, or a row of −inf alone.
     """
+    return begin_draw(logits_SV, keys_S, draws=draws, chunk_bytes=chunk_bytes, name_row=name_row)()
+
+
+def begin_draw(
+    logits_SV: Tensor,
+    keys_S: NDArray[np.uint64],
+    *,
+    draws: int,
+    chunk_bytes: int,
+    name_row: Callable[[int], str],
+) -> Callable[[], Sampled]:
+    """As `draw`, but what is returned waits for the result, and raises."""
     assert 1 <= draws <= MOST_DRAWS, draws
     assert len(logits_SV) == len(keys_S) > 0, (len(logits_SV), len(keys_S))
+    ids, top = map(to_host, _rows(logits_SV, keys_S, draws, chunk_bytes))
+
+    def end() -> Sampled:
+        top_S = top.wait().numpy()
+        bad = np.flatnonzero(~np.isfinite(top_S))
+        if len(bad):
+            raise BadLogits(
+                f"NaN, +inf or nothing but −inf logits at {len(bad)} of {len(top_S)} positions, the first is "
+                f"{name_row(int(bad[0]))}"
+            )
+        return _counted(ids.wait().numpy())
+
+    return end
+
+
+def _rows(logits_SV: Tensor, keys_S: NDArray[np.uint64], draws: int, chunk_bytes: int) -> tuple[Tensor, Tensor]:
+    """Rising ids [S, N] int32 and the top logits [S], on the device of the logits."""
     size, vocabulary = logits_SV.shape
     device = logits_SV.device
-    u_S = torch.from_numpy((keys_S >> np.uint64(64 - KEY_BITS)).astype(np.float64) * 2.0**-KEY_BITS).to(device)
+    u_S = to_device(torch.from_numpy((keys_S >> np.uint64(64 - KEY_BITS)).astype(np.float64) * 2.0**-KEY_BITS), device)
     points_SN = (u_S[:, None] + torch.arange(draws, dtype=torch.float64, device=device)) / draws
     rows = max(1, min(size, chunk_bytes // (8 * vocabulary)))
     weights = torch.empty(rows, vocabulary, dtype=torch.float32, device=device)
@@ -73,13 +103,7 @@ def draw(
         top.append(_cumulate_(weights_CV, sums_CV))
         # The first id whose cumulative weight exceeds the point: one without weight of its own never is.
         ids.append(torch.searchsorted(sums_CV, points_CN * sums_CV[:, -1:], right=True))
-    top_S = torch.cat(top)
-    bad = (~top_S.isfinite()).nonzero().flatten().tolist()
-    if bad:
-        raise BadLogits(
-            f"NaN, +inf or nothing but −inf logits at {len(bad)} of {size} positions, the first is {name_row(bad[0])}"
-        )
-    return _counted(torch.cat(ids).int().cpu().numpy())
+    return torch.cat(ids).int(), torch.cat(top)
 
 
 def _cumulate_(z_CV: Tensor, sums_CV: Tensor) -> Tensor:

@@ -7,18 +7,24 @@ k = 64 (75 top-k, 60 exp, 80 powers); the output head of a 135M model takes 850 
 The tail at temperature T = 1/β is lse_tail(β) = log Σ_{i not kept} exp(β z_i). With m the largest tail logit
 (number k + 1) and e_i = exp(β₁ (z_i − m)), β₁ = 0.1, the grid's ten sums are Σ e_i, Σ e_i² … Σ e_i¹⁰: one exp for
 all of them. The largest tail logit contributes 1 to each, so no sum underflows whatever the logits.
+
+Nothing here waits for a GPU before the end: sizes depend on no value, and checks are made once the copies have landed
+on the host. It has not run on one; the tests run it on torch's `meta` device, which has no values to wait for.
 """
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from stillroom.storage.errors import BadLogits
 from stillroom.storage.records import BETAS, TopK
+from stillroom.workers.transfer import to_device, to_host
 
-#: Columns are searched for the top k in this many interleaved rows, whose maxima name the few columns worth
-#: ranking: 45 µs against torch.topk's 95 (V = 49,152, k = 64). 32 takes as long, 128 twice.
+#: The top k are searched in columns of this many neighbours (fewer where the vocabulary is small), whose maxima name
+#: the few worth ranking. With the keys below 125 µs in float32 and 110 in bfloat16 (V = 49,152, k = 64), where a search
+#: by logits that settles ties afterwards took 135 and 150 to 400: as many columns as share a maximum were candidates.
 FOLD = 64
 
 #: One scratch buffer on a CPU: 3 MiB is 16 rows at V = 49,152. 1 row and 64 rows both take 1.5 times as long.
@@ -46,8 +52,33 @@ def extract(
 
     Raises BadLogits for a NaN or +inf anywhere in the V columns, or a kept logit of −inf.
     """
+    return begin_extract(logits_SV, k=k, vocabulary=vocabulary, chunk_bytes=chunk_bytes, name_row=name_row)()
+
+
+def begin_extract(
+    logits_SV: Tensor, *, k: int, vocabulary: int, chunk_bytes: int, name_row: Callable[[int], str]
+) -> Callable[[], TopK]:
+    """As `extract`, but what is returned waits for the result, and raises."""
     assert 1 <= k < vocabulary <= logits_SV.shape[-1], (k, vocabulary, tuple(logits_SV.shape))
     assert len(logits_SV)
+    ids, kept, tail = map(to_host, _rows(logits_SV, k, vocabulary, chunk_bytes))
+
+    def end() -> TopK:
+        kept_SK = kept.wait().numpy()
+        # NaN ranks above all numbers in top-k, so one that is anywhere in the row is among the kept.
+        bad = np.flatnonzero(~np.isfinite(kept_SK).all(axis=1))
+        if len(bad):
+            raise BadLogits(
+                f"NaN or infinite logits at {len(bad)} of {len(kept_SK)} positions, the first is "
+                f"{name_row(int(bad[0]))}"
+            )
+        return TopK(ids.wait().numpy(), kept_SK, tail.wait().numpy())
+
+    return end
+
+
+def _rows(logits_SV: Tensor, k: int, vocabulary: int, chunk_bytes: int) -> tuple[Tensor, Tensor, Tensor]:
+    """ids [S, K] int32, kept logits [S, K] and the tail's grid [S, G], on the device of the logits."""
     rows = max(2, min(len(logits_SV), chunk_bytes // (4 * vocabulary)))
     # Two buffers for the whole call: fresh memory for each chunk made the tail three times as slow (page faults).
     scratch = torch.empty(2, rows, vocabulary, dtype=torch.float32, device=logits_SV.device)
@@ -62,61 +93,49 @@ def extract(
         kept.append(kept_CK)
         tail.append(_tail_lse_(z_CV, spare_CV, ids_CK, border_C))
     size = len(logits_SV)
-    ids_SK, kept_SK, tail_SG = torch.cat(ids)[:size], torch.cat(kept)[:size], torch.cat(tail)[:size]
-    # NaN ranks above all numbers in top-k, so one that is anywhere in the row is among the kept.
-    bad = (~kept_SK.isfinite()).any(-1).nonzero().flatten().tolist()
-    if bad:
-        raise BadLogits(f"NaN or infinite logits at {len(bad)} of {size} positions, the first is {name_row(bad[0])}")
-    return TopK(ids_SK.int().cpu().numpy(), kept_SK.cpu().numpy(), tail_SG.cpu().numpy())
+    return torch.cat(ids)[:size].int(), torch.cat(kept)[:size], torch.cat(tail)[:size]
 
 
 def _largest(z_CV: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """ids [C, k] int64, logits [C, k], and logit number k + 1 [C], the tail's largest."""
+    """ids [C, k] int64, logits [C, k], and logit number k + 1 [C], the tail's largest.
+
+    By keys that no two ids share, so that there are no ties to settle: in bfloat16 most rows have one at the border (a
+    step is 1/8 nat at logits of 16 to 32). How many operations and how large their results is the same for all values.
+    """
     near_CM, near_ids_CM = _candidates(z_CV, k + 1)
-    values_C1, where_C1 = near_CM.topk(k + 1, dim=-1)
-    kept_CK, border_C1 = values_C1[:, :k], values_C1[:, k:]
-    ids_CK = near_ids_CM.gather(-1, where_C1[:, :k])
-    tied_C = (kept_CK[:, -1:] == border_C1).flatten().nonzero().flatten()
-    if len(tied_C):
-        ids_CK[tied_C] = _settle_border(near_CM[tied_C], near_ids_CM[tied_C], ids_CK[tied_C], kept_CK[tied_C])
-    # Rank equal logits by id: sort by id, then stably by logit.
-    ids_CK, order_CK = ids_CK.sort(dim=-1)
-    kept_CK, rank_CK = kept_CK.gather(-1, order_CK).sort(dim=-1, descending=True, stable=True)
-    return ids_CK.gather(-1, rank_CK), kept_CK, border_C1[:, 0]
+    where_CN = _keys(near_CM, near_ids_CM).topk(k + 1, dim=-1).indices
+    values_CN = near_CM.gather(-1, where_CN)
+    return near_ids_CM.gather(-1, where_CN[:, :k]), values_CN[:, :k], values_CN[:, k]
 
 
 def _candidates(z_CV: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Logits [C, M] and ids [C, M] among which are all that equal or exceed the row's n-th largest.
+    """Logits [C, M] and ids [C, M] among which are the n with the largest keys.
 
-    The row is folded into FOLD × width. Let c be the n-th largest of the width column maxima: n logits are at least
-    c, so the n-th largest logit is too, and all that reach it lie in columns whose maximum is at least c.
+    The row is cut into `width` columns of `fold` neighbours. Of columns with equal maxima the one further left has the
+    smaller ids: each of the n columns with the largest (maximum, −column) has an id whose key exceeds all those in
+    columns beyond them, which so cannot be among the n largest.
     """
-    width = z_CV.shape[1] // FOLD
+    fold = FOLD
+    while fold > 1 and z_CV.shape[1] // fold < 4 * n:
+        fold //= 2
     all_ids_V = torch.arange(z_CV.shape[1], device=z_CV.device)
-    if width < 4 * n:
-        return z_CV, all_ids_V.expand(len(z_CV), -1)
-    folded_CFW = z_CV[:, : FOLD * width].view(len(z_CV), FOLD, width)
-    maxima_CW = folded_CFW.amax(1)
-    nth_C1 = maxima_CW.topk(n, dim=-1).values[:, -1:]
-    reaching = int((maxima_CW >= nth_C1).sum(-1).max())  # n, or a few more where maxima are equal
-    columns_CN = maxima_CW.topk(max(n, reaching), dim=-1, sorted=False).indices
-    near = folded_CFW.gather(2, columns_CN[:, None].expand(-1, FOLD, -1)).flatten(1)
-    near_ids = (columns_CN[:, None] + all_ids_V[: FOLD * width : width, None]).flatten(1)
-    over, over_ids = z_CV[:, FOLD * width :], all_ids_V[FOLD * width :].expand(len(z_CV), -1)
-    return torch.cat([near, over], -1), torch.cat([near_ids, over_ids], -1)
+    all_ids_CV = all_ids_V.expand(len(z_CV), -1)
+    if fold == 1:
+        return z_CV, all_ids_CV
+    width = z_CV.shape[1] // fold
+    maxima_CW = z_CV[:, : fold * width].view(len(z_CV), width, fold).amax(-1)
+    columns_CN = _keys(maxima_CW, all_ids_V[:width]).topk(n, dim=-1, sorted=False).indices
+    folded_CM = (fold * columns_CN[:, :, None] + all_ids_V[:fold]).flatten(1)
+    near_ids_CM = torch.cat([folded_CM, all_ids_CV[:, fold * width :]], -1)
+    return z_CV.gather(-1, near_ids_CM), near_ids_CM
 
 
-def _settle_border(near_CM: Tensor, near_ids_CM: Tensor, ids_CK: Tensor, kept_CK: Tensor) -> Tensor:
-    """The kept ids where logits number k and k + 1 are equal: of the ids with that logit, the smallest stay.
-
-    In bfloat16 most rows have such a tie (a step is 1/8 nat at logits of 16 to 32), in float32 hardly any.
-    """
-    open_CK = kept_CK == kept_CK[:, -1:]
-    equal_ids_CM = near_ids_CM.masked_fill(near_CM != kept_CK[:, -1:], torch.iinfo(torch.int64).max)
-    smallest_CK = equal_ids_CM.topk(kept_CK.shape[1], dim=-1, largest=False).values
-    # Kept logits fall, so the open places are the last ones of a row.
-    place_CK = open_CK.cumsum(-1) - 1
-    return torch.where(open_CK, smallest_CK.gather(-1, place_CK.clamp_min(0)), ids_CK)
+def _keys(z: Tensor, ids: Tensor) -> Tensor:
+    """int64 that rise with z, NaN above all, and among equal z with falling id. z: float32. ids: below 2^31."""
+    bits = (z + 0.0).view(torch.int32)  # −0.0 becomes 0.0, which it equals
+    # The bits of a float rise with its magnitude: turned round for the negative ones, they rise with the number.
+    bits.bitwise_xor_((bits >> 31).bitwise_and_(0x7FFFFFFF)).masked_fill_(z.isnan(), torch.iinfo(torch.int32).max)
+    return bits.long().bitwise_left_shift_(32).sub_(ids)
 
 
 def _tail_lse_(z_CV: Tensor, spare_CV: Tensor, ids_CK: Tensor, border_C: Tensor) -> Tensor:
@@ -131,6 +150,6 @@ def _tail_lse_(z_CV: Tensor, spare_CV: Tensor, ids_CK: Tensor, border_C: Tensor)
     power_CV = spare_CV.copy_(e_CV)
     for _ in BETAS[1:]:
         sums.append(power_CV.mul_(e_CV).sum(-1))
-    betas_G = torch.tensor(BETAS, dtype=torch.float64, device=z_CV.device)
+    betas_G = to_device(torch.tensor(BETAS, dtype=torch.float64), z_CV.device)
     tail_CG = border_C.double()[:, None] * betas_G + torch.stack(sums, -1).double().log()
     return torch.where(border_C[:, None] == -torch.inf, -torch.inf, tail_CG).float()

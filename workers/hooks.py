@@ -27,6 +27,7 @@ from stillroom.storage.attention import Attention
 from stillroom.storage.errors import BadLogits, TeacherError
 from stillroom.storage.records import AttentionSpec, Float32, LayersSpec, Sequence
 from stillroom.workers.sliced import PROBE_TOKENS
+from stillroom.workers.transfer import Landing, to_device, to_host
 
 #: Takes a layer's index and its states [B, T, D] or maps [B, H, T, T].
 Take = Callable[[int, Tensor], None]
@@ -159,9 +160,8 @@ class Capture:
         self._layers, self._attention, self._spans = layers, attention, spans
         rows = [np.arange(s.row * width + s.first, s.row * width + s.stop) for s in spans]
         self._rows_N = torch.from_numpy(np.concatenate(rows))
-        self._states: dict[int, Tensor] = {}
-        self._maps: dict[int, list[Tensor]] = {}
-        self._devices: set[torch.device] = set()
+        self._states: dict[int, Landing] = {}
+        self._maps: dict[int, list[Landing]] = {}
 
     @contextmanager
     def of(self, hooks: Hooks) -> Iterator[None]:
@@ -184,8 +184,7 @@ class Capture:
         wanted = self._layers.layers
         if wanted[-1] not in self._states:
             self._take_layer(wanted[-1], last_BTD)
-        self._wait()
-        layers_NnD = torch.stack([self._states[layer].float() for layer in wanted], 1).numpy()
+        layers_NnD = torch.stack([self._states[layer].wait().float() for layer in wanted], 1).numpy()
         bad_N = np.flatnonzero(~np.isfinite(layers_NnD).all(axis=(1, 2)))
         if len(bad_N):
             raise BadLogits(
@@ -198,10 +197,9 @@ class Capture:
         """Of all N positions. Raises BadLogits as `layers` does."""
         if self._attention is None:
             return None
-        self._wait()
         blocks = []
         for number, span in enumerate(self._spans):
-            maps_nHRT = torch.stack([self._maps[layer][number].float() for layer in self._attention.layers])
+            maps_nHRT = torch.stack([self._maps[layer][number].wait().float() for layer in self._attention.layers])
             blocks.append(Attention.of(maps_nHRT.numpy(), span.first))
         whole = Attention.concatenate(blocks)
         if not np.isfinite(whole.values).all():
@@ -212,13 +210,13 @@ class Capture:
 
     def _take_layer(self, layer: int, states_BTD: Tensor) -> None:
         assert self._layers is not None
-        rows_ND = states_BTD.flatten(0, 1)[self._rows_N.to(states_BTD.device)]
+        rows_ND = states_BTD.flatten(0, 1)[to_device(self._rows_N, states_BTD.device)]
         if rows_ND.shape[-1] != self._layers.width:
             raise TeacherError(
                 f"signal.layers asks for layer {layer}, which has {rows_ND.shape[-1]} channels, expected "
                 f"{self._layers.width}"
             )
-        self._states[layer] = self._to_host(rows_ND.to(getattr(torch, self._layers.dtype)))
+        self._states[layer] = to_host(rows_ND.to(getattr(torch, self._layers.dtype)))
 
     def _take_maps(self, layer: int, maps_BHTT: Tensor) -> None:
         assert self._attention is not None
@@ -228,18 +226,9 @@ class Capture:
             raise TeacherError(
                 f"signal.attention asks for {self._attention.rows} heads, layer {layer} has {maps_BHTT.shape[1]}"
             )
-        self._maps[layer] = [self._to_host(maps_BHTT[s.row, :, s.first : s.stop, : s.stop]) for s in self._spans]
-
-    def _to_host(self, values: Tensor) -> Tensor:
-        """A copy of its own; from a GPU it is under way until `_wait`."""
-        self._devices.add(values.device)
-        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.device.type == "cuda")
-        return host.copy_(values, non_blocking=True)
-
-    def _wait(self) -> None:
-        for device in self._devices:
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+        spans = (maps_BHTT[s.row, :, s.first : s.stop, : s.stop] for s in self._spans)
+        # Copies: what a module returns is its own, and may be overwritten.
+        self._maps[layer] = [to_host(span_HRT.clone(memory_format=torch.contiguous_format)) for span_HRT in spans]
 
 
 def require_attended(spec: AttentionSpec, sequence: Sequence) -> None:

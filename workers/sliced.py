@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from stillroom.storage.errors import BadLogits, TeacherError
+from stillroom.workers.transfer import to_device
 
 PROBE_TOKENS = 16
 
@@ -57,8 +58,9 @@ class SlicedModel:
 
         mask_BT: 1 on tokens, 0 on padding; None if there is no padding, which is faster.
         """
-        mask = {} if mask_BT is None else {"attention_mask": mask_BT.to(self.device)}
-        hidden_BTD: Tensor = self.body(input_ids=ids_BT.to(self.device), use_cache=False, **mask).last_hidden_state
+        mask = {} if mask_BT is None else {"attention_mask": to_device(mask_BT, self.device)}
+        ids_BT = to_device(ids_BT, self.device)
+        hidden_BTD: Tensor = self.body(input_ids=ids_BT, use_cache=False, **mask).last_hidden_state
         return hidden_BTD
 
     def logits(self, hidden_SD: Tensor) -> Tensor:

@@ -24,11 +24,11 @@ from stillroom.storage.codecs.sampled import position_keys
 from stillroom.storage.codecs.tail import tail_lse_at
 from stillroom.storage.codecs.topk import nucleus
 from stillroom.storage.errors import BadLogits, RecipeError, TeacherError, first_line
-from stillroom.storage.records import Float32, Sequence, Signal, SignalSpec
+from stillroom.storage.records import Float32, Sequence, Signal, SignalSpec, TopK
 from stillroom.workers import batching
 from stillroom.workers.digests import hidden_width, identity_parts
-from stillroom.workers.draws import draw
-from stillroom.workers.extract import CPU_CHUNK_BYTES, extract
+from stillroom.workers.draws import begin_draw
+from stillroom.workers.extract import CPU_CHUNK_BYTES, begin_extract
 from stillroom.workers.halving import in_halves
 from stillroom.workers.head import OutputHead, output_head
 from stillroom.workers.hooks import Capture, Hooks, Span, require_attended
@@ -36,6 +36,7 @@ from stillroom.workers.loading import input_device, load, versions
 from stillroom.workers.sliced import FEWEST_ROWS, SlicedModel
 from stillroom.workers.source import cache_folder, load_tokenizer
 from stillroom.workers.teacher import Scored, TeacherSpec
+from stillroom.workers.transfer import to_device, to_host
 
 SLICE_BYTES = 64 << 20
 
@@ -113,13 +114,15 @@ class TorchTeacher:
         def score(group: Seq[int]) -> Scored:
             return self._score_batch([sequences[i] for i in group], signal, positions)
 
+        unit = tuple(s.digest for s in sequences)
+        self._halved.pop(unit, None)  # of an earlier time, with less room
         planned = self.batches(sequences)
         ran = [part for group in planned for part in in_halves(group, score, alone=self.spec.ranks == 1)]
         for group, found in ran:
             signals.update(zip(group, found.signals, strict=True))
             truth |= found.truth
         if len(ran) > len(planned):
-            self._halved[tuple(s.digest for s in sequences)] = [list(group) for group, _ in ran]
+            self._halved[unit] = [list(group) for group, _ in ran]
         return Scored([signals[i] for i in range(len(sequences))], truth)
 
     def provenance(self, sequences: Seq[Sequence]) -> dict[str, Any]:
@@ -186,23 +189,24 @@ class TorchTeacher:
             if signal.layers or signal.attention:
                 stack.enter_context(capture.of(self._listening(self._model, maps=signal.attention is not None)))
             hidden_BTD = self._model.hidden(ids_BT, mask_BT)
-        layers_NnD = capture.layers(hidden_BTD, partial(name, 0))
-        attention = capture.attention(partial(name, 0))
-        hidden_ND = hidden_BTD.flatten(0, 1)[torch.from_numpy(rows_N).to(hidden_BTD.device)]
+        hidden_ND = hidden_BTD.flatten(0, 1)[to_device(torch.from_numpy(rows_N), hidden_BTD.device)]
         slices, full = [], []
+        # All slices are queued, with the copies of what they give; only then is the first of them waited for.
         for start in range(0, len(hidden_ND), self._slice):
             part = slice(start, start + self._slice)
             logits_SV = self._model.logits(hidden_ND[part]) if signal.topk or signal.sampled or len(full_M) else None
-            slices.append(self._extract(hidden_ND[part], logits_SV, signal, keys_N[part], partial(name, start)))
+            slices.append(self._begin(hidden_ND[part], logits_SV, signal, keys_N[part], partial(name, start)))
             inside = full_M[(full_M >= start) & (full_M < part.stop)] - start
             if logits_SV is not None and len(inside):
-                full.append(
-                    logits_SV[torch.from_numpy(inside).to(logits_SV.device), : self._vocabulary].float().cpu().numpy()
-                )
-        scored = replace(Signal.concatenate(slices), layers=layers_NnD, attention=attention)
+                inside_M = to_device(torch.from_numpy(inside), logits_SV.device)
+                full.append(to_host(logits_SV[inside_M, : self._vocabulary]))
+        layers_NnD = capture.layers(hidden_BTD, partial(name, 0))
+        attention = capture.attention(partial(name, 0))
+        blocks = [end() for end in slices]
+        scored = replace(Signal.concatenate(blocks), layers=layers_NnD, attention=attention)
         ends = list(accumulate(len(r) for r in rows))
         borders = np.cumsum([0, *map(len, wanted)])
-        full_MV = np.concatenate(full) if full else np.zeros((0, self._vocabulary), np.float32)
+        full_MV = torch.cat([torch.empty(0, self._vocabulary), *(part.wait().float() for part in full)]).numpy()
         return Scored(
             [scored[end - len(r) : end] for r, end in zip(rows, ends, strict=True)],
             {s.digest: full_MV[borders[i] : borders[i + 1]] for i, s in enumerate(sequences) if len(wanted[i])},
@@ -231,45 +235,54 @@ class TorchTeacher:
             )
         return self._hooks[maps]
 
-    def _extract(
+    def _begin(
         self,
         hidden_SD: Tensor,
         logits_SV: Tensor | None,
         signal: SignalSpec,
         keys_S: NDArray[np.uint64],
         name_row: Callable[[int], str],
-    ) -> Signal:
-        """The signal of S positions from their final hidden states and, where it needs them, their logits."""
-        topk = sampled = None
+    ) -> Callable[[], Signal]:
+        """The signal of S positions from their final hidden states and, where it needs them, their logits.
+
+        What is returned waits for it, and raises BadLogits.
+        """
+        topk = sampled = hidden = None
         chunk_bytes = CPU_CHUNK_BYTES if self.device.type == "cpu" else SLICE_BYTES
         if signal.topk:
             assert logits_SV is not None
-            topk = extract(
+            topk = begin_extract(
                 logits_SV, k=signal.topk.k, vocabulary=self._vocabulary, chunk_bytes=chunk_bytes, name_row=name_row
             )
-            if signal.topk.nucleus:
-                mass, temperature = signal.topk.nucleus.mass, signal.topk.nucleus.temperature
-                tail = tail_lse_at(topk.tail_lse, 1 / temperature, self._vocabulary - signal.topk.k)
-                topk = nucleus(topk, mass, temperature, tail)
         if signal.sampled:
             assert logits_SV is not None
-            sampled = draw(
+            sampled = begin_draw(
                 logits_SV[:, : self._vocabulary],
                 keys_S,
                 draws=signal.sampled.draws,
                 chunk_bytes=chunk_bytes,
                 name_row=name_row,
             )
-        hidden = None
         if signal.hidden:
-            hidden = hidden_SD.float().cpu().numpy()
-            bad = np.flatnonzero(~np.isfinite(hidden).all(axis=1))
-            if len(bad):
-                raise BadLogits(
-                    f"NaN or infinite hidden states at {len(bad)} of {len(hidden)} positions, "
-                    f"the first is {name_row(int(bad[0]))}"
-                )
-        return Signal(topk, sampled, hidden)
+            hidden = to_host(hidden_SD)
+
+        def end() -> Signal:
+            return Signal(
+                None if topk is None else self._cut(topk(), signal),
+                None if sampled is None else sampled(),
+                None if hidden is None else _finite(hidden.wait().float().numpy(), name_row),
+            )
+
+        return end
+
+    def _cut(self, topk: TopK, signal: SignalSpec) -> TopK:
+        """What of the k largest is kept."""
+        assert signal.topk is not None
+        if signal.topk.nucleus is None:
+            return topk
+        mass, temperature = signal.topk.nucleus.mass, signal.topk.nucleus.temperature
+        tail = tail_lse_at(topk.tail_lse, 1 / temperature, self._vocabulary - signal.topk.k)
+        return nucleus(topk, mass, temperature, tail)
 
     def _check(self, sequences: Seq[Sequence], signal: SignalSpec) -> None:
         k = signal.topk.k if signal.topk else 1
@@ -291,6 +304,16 @@ class TorchTeacher:
                     f"sequence {s.digest} has ids {lowest}..{highest}, the teacher's vocabulary is "
                     f"0..{self._vocabulary - 1}; the corpus was tokenised with another tokenizer, prepare it anew"
                 )
+
+
+def _finite(hidden_SD: Float32, name_row: Callable[[int], str]) -> Float32:
+    bad = np.flatnonzero(~np.isfinite(hidden_SD).all(axis=1))
+    if len(bad):
+        raise BadLogits(
+            f"NaN or infinite hidden states at {len(bad)} of {len(hidden_SD)} positions, "
+            f"the first is {name_row(int(bad[0]))}"
+        )
+    return hidden_SD
 
 
 def _longrope_border(config: Any) -> int | None:

@@ -139,3 +139,20 @@ def test_input_is_left_alone() -> None:
     copy = z.clone()
     extract(z, k=8, vocabulary=1000)
     assert torch.equal(z, copy)
+
+
+def test_zeros_of_either_sign_are_equal() -> None:
+    z = torch.zeros(2, 3000)
+    z[:, ::2] = -0.0
+    got = extract(z, k=5, vocabulary=3000)
+    assert got.ids.tolist() == [[0, 1, 2, 3, 4]] * 2
+    assert np.signbit(got.logits).tolist() == [[True, False, True, False, True]] * 2
+
+
+@pytest.mark.parametrize("bits", [0x7FC00000, 0xFFC00000 - (1 << 32), 0x7F800001, -1])
+@pytest.mark.parametrize("column", [0, 17, 4998])
+def test_no_nan_of_whatever_sign_is_overlooked(bits: int, column: int) -> None:
+    z = normal(2, 4999)
+    z[1, column] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    with pytest.raises(BadLogits, match="1 of 2 positions, the first is row 1"):
+        extract(z, k=8, vocabulary=4999)
