@@ -15,19 +15,21 @@ from stillroom.pipeline.cli import main
 from stillroom.pipeline.console import Console
 from stillroom.pipeline.report import answers
 from stillroom.pipeline.report.answers import Answers
-from stillroom.pipeline.report.command import MOST_BYTES, report
+from stillroom.pipeline.report.command import MOST_BYTES, inspect_page, report
 from stillroom.pipeline.report.data import RESOLVED, gather_chain, gather_run
 from stillroom.pipeline.report.documents import Document, Window, of_run
 from stillroom.pipeline.report.markup import script_json
 from stillroom.pipeline.report.page import render
 from stillroom.pipeline.report.payload import tokens_shown, viewer
 from stillroom.pipeline.report.run_parts import label_students
-from stillroom.pipeline.report.store_data import gather_store
+from stillroom.pipeline.report.store_data import ROWS, gather_store
 from stillroom.pipeline.report.teacher import TOP, TeacherRows
 from stillroom.storage.manifest import Manifest
-from stillroom.storage.records import Sequence
-from stillroom.storage.store import open_store
+from stillroom.storage.records import BETAS, Receipt, Sequence, Signal, TopK
+from stillroom.storage.shard import write_shard
+from stillroom.storage.store import Store, create_store, open_store
 from tests.pipeline.report.world import HOSTILE
+from tests.strategies import tiny_identity, unit_of
 
 QUIET = Console(quiet=True)
 
@@ -180,6 +182,42 @@ def test_the_largest_page_is_under_five_megabytes(world: Path, students: int) ->
     page = render("t", runs=[found], stores={"s": gather_store(found["store"])}, groups=[group], made="")
     assert tokens >= 256
     assert len(page.encode()) < MOST_BYTES
+
+
+def _grow(store: Store, rng: np.random.Generator, units: int) -> None:
+    """Units of 4,096 rows, k = 64 of the store's vocabulary; the tail is flat, two nats below the last kept logit."""
+    vocabulary = store.identity.vocabulary
+    for _ in range(units):
+        sequences = [Sequence(rng.integers(0, vocabulary, 512).astype(np.int32)) for _ in range(8)]
+        blocks = []
+        for _ in sequences:
+            first, step = rng.integers(0, vocabulary, (512, 1)), rng.integers(1, vocabulary // 64, (512, 1))
+            ids = (first + step * np.arange(64)) % vocabulary
+            logits = rng.normal(18.0, 3.0, (512, 1)) - np.cumsum(rng.exponential(0.2, (512, 64)), axis=1)
+            tail = (logits[:, -1:] - 2.0) * np.array(BETAS) + np.log(vocabulary - 64)
+            blocks.append(Signal(TopK(ids.astype(np.int32), logits.astype(np.float32), tail.astype(np.float32))))
+        unit = unit_of(sequences)
+        store.save_plan([unit])
+        ref = write_shard(store.files, store.identity, unit, sequences, blocks, {})
+        store.commit([Receipt(ref, len(sequences), sum(unit.tokens), sum(unit.rows), 1, 1.0)])
+
+
+@pytest.mark.slow
+def test_the_page_of_a_store_of_100000_tokens(tmp_path: Path) -> None:
+    """All of it is read, and the page is under 5 MB; of a store beyond the limit a part is, which the page says."""
+    rng, file = np.random.default_rng(0), tmp_path / "page.html"
+    store = create_store(str(tmp_path / "store"), tiny_identity(k=64, vocabulary=49_152))
+    _grow(store, rng, 25)
+    found = inspect_page(store.uri, str(file), QUIET)
+    assert found["positions_read"] == 25 * 4096 > 100_000
+    assert found["size_bytes"] == file.stat().st_size < MOST_BYTES
+    assert "Sampled:" not in Elements(file.read_text()).text
+    _grow(store, rng, 8)
+    found = inspect_page(store.uri, str(file), QUIET)
+    assert found["positions_read"] == ROWS < 33 * 4096
+    assert found["size_bytes"] < MOST_BYTES
+    said = f"Sampled: mass and entropy are of {ROWS:,} of the {33 * 4096:,} stored positions"
+    assert said in Elements(file.read_text()).text
 
 
 def _document(tokens: int, *, vocabulary: int = 300, title: str = "title") -> Document:
