@@ -45,7 +45,8 @@ def at_once(code: str, arguments: Iterable[tuple[object, ...]]) -> list[str]:
 
 
 def on_small_disk(code: str, folder: Path, size: str) -> str:
-    """What a process prints that is told `folder`, where it finds a tmpfs of that size.
+    """What a process prints that is told `folder`, where it finds a tmpfs of that size; more options of `mount` may
+    follow the size: "1m,ro".
 
     Mounted in a namespace of its own, so that nothing needs cleaning up; the test is skipped where nobody may.
     """
