@@ -27,7 +27,11 @@ def judge_prompt(
     reference: str | None,
     function: Judge | None,
 ) -> list[Verdict]:
-    """Verdicts on all responses to one prompt, in their order. prompt: its text, for the user's function."""
+    """Verdicts on all responses to one prompt, in their order. prompt: its text, for the user's function.
+
+    A duplicate is one of the same prompt only: one answer may be right to two prompts, and a verdict that depended on
+    other prompts would change with what a recipe asks beside this one.
+    """
     found: list[Verdict] = []
     seen: set[str] = set()
     for response in responses:
