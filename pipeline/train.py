@@ -139,7 +139,7 @@ def require_untouched(recipe: Recipe, student: StudentConfig, manifest: Manifest
     found = held_in(student_folder(recipe, student))
     if found:
         path, held = found
-        require_same(held, asked_now(held, student, manifest), path)
+        require_same(held, asked_now(held, student, manifest, start_of(student)), path)
 
 
 def result_of(job: StudentJob) -> dict[str, Any] | None:
@@ -213,9 +213,22 @@ def job_on(recipe: Recipe, student: StudentConfig, snapshot: Path | None) -> Stu
         tokenizer=recipe.run_dir / "tokenizer",
         # As the recipe has it: a finished student is found without the teacher's files.
         teacher=Path(recipe.teacher.model) if student.model.cut is not None else None,
+        start=start_of(student),
         processes=recipe.train.processes,
         rank_timeout_s=recipe.train.rank_timeout_s,
     )
+
+
+def start_of(student: StudentConfig) -> str | None:
+    """Digest of the folder in which the student's weights start; None for a cut, a hub's id, and a folder that is not
+    there (a finished student is found without it). Hashed once, then remembered by size and time of change."""
+    folder = Path(student.model.from_ or "")
+    if student.model.from_ is None or not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
+        return None
+    from stillroom.workers.digests import model_digests
+    from stillroom.workers.source import cache_folder
+
+    return "-".join(model_digests(folder, cache_dir=cache_folder()))
 
 
 def _teacher_folder(recipe: Recipe) -> Path:

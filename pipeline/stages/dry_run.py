@@ -22,9 +22,17 @@ from stillroom.pipeline.plan import make_plan
 from stillroom.pipeline.recipe.chain import Chain, Stage
 from stillroom.pipeline.recipe.schema import VERDICTS, Recipe
 from stillroom.pipeline.sources import Sources
-from stillroom.pipeline.student.bindings import EXPORT, RESULT, asked_now, differences, held_in
+from stillroom.pipeline.student.bindings import (
+    EXPORT,
+    RESULT,
+    asked_now,
+    differences,
+    exported_otherwise,
+    held_in,
+    read_result,
+)
 from stillroom.pipeline.student.config import StudentConfig
-from stillroom.pipeline.train import manifest_path, student_folder
+from stillroom.pipeline.train import manifest_path, start_of, student_folder
 from stillroom.storage.errors import IdentityMismatch
 from stillroom.storage.files import GENERATIONS_MARK, open_files
 from stillroom.storage.manifest import Manifest
@@ -185,6 +193,10 @@ class _Stage:
             steps = sorted(entry.name for entry in (folder / "checkpoints").glob("step-*"))
             begun = f"begun, it goes on after step {int(steps[-1].removeprefix('step-'))}" if steps else ""
             return self._part("train", "runs", begun or "not trained yet", student=student.name)
+        otherwise = exported_otherwise(folder, read_result(folder / RESULT), student)
+        if otherwise:
+            state: State = "runs" if otherwise.possible else "stale"
+            return self._part("train", state, otherwise.why, student=student.name, where=folder)
         return self._part("train", "done", "", student=student.name)
 
     def _stale(
@@ -196,7 +208,8 @@ class _Stage:
         if not found:
             return None
         held, trained = found[1], (folder / RESULT).exists()
-        text = held | {"config": student.numbers()} if manifest is None else asked_now(held, student, manifest)
+        known = held | {"config": student.numbers()}
+        text = known if manifest is None else asked_now(held, student, manifest, start_of(student))
         if differing := differences(held, text):
             return "; ".join(differing)
         if self._untrained or manifest is None:

@@ -6,6 +6,7 @@ footer and the snapshot's list; no tensor, no model.
 
 import json
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from stillroom.storage.snapshot import Snapshot
 #: snapshot's units alone, by which a student is known that began before all of them were scored. "corpora": digests of
 #: the manifests that phases name, by path; left out where none does. "base": of the weights under adapters, where there
 #: are any, in what the student's process has written. "sources": (name, documents) of each source of the corpus, in
-#: order, where they are mixed.
+#: order, where they are mixed. "start": of the folder where the weights start, where it is known.
 Bindings = dict[str, Any]
 
 RESULT = "result.json"
@@ -29,20 +30,20 @@ LOG = "log.jsonl"
 
 def bindings_of(job: StudentJob, manifest: Manifest, snapshot: Snapshot | None) -> Bindings:
     """All that must be the same for two runs to be one."""
-    return _without_store(job.student, manifest) | {
+    return _without_store(job.student, manifest, job.start) | {
         "snapshot": None if snapshot is None else snapshot.digest,
         "planned": None if snapshot is None else snapshot.planned_digest,
     }
 
 
-def asked_now(held: Bindings, student: StudentConfig, manifest: Manifest) -> Bindings:
-    """Bindings as far as they are known without the store; the rest is taken to be as `held` has it."""
-    return {key: held[key] for key in ("snapshot", "planned", "base") if key in held} | _without_store(
-        student, manifest
-    )
+def asked_now(held: Bindings, student: StudentConfig, manifest: Manifest, start: str | None) -> Bindings:
+    """Bindings as far as they are known without the store; the rest is taken to be as `held` has it. start: see
+    `StudentJob`."""
+    rest = {key: held[key] for key in ("snapshot", "planned", "base") if key in held}
+    return rest | _without_store(student, manifest, start)
 
 
-def _without_store(student: StudentConfig, manifest: Manifest) -> Bindings:
+def _without_store(student: StudentConfig, manifest: Manifest, start: str | None) -> Bindings:
     corpora = {str(path): Manifest.open(path).digest for path in student.corpora()}
     return {
         "config": student.numbers(),
@@ -50,6 +51,7 @@ def _without_store(student: StudentConfig, manifest: Manifest) -> Bindings:
         # Not in those of a release that had none.
         **({"corpora": corpora} if corpora else {}),
         **({"sources": [list(source) for source in sources_of(manifest)]} if student.mix else {}),
+        **({"start": start} if start else {}),
     }
 
 
@@ -77,8 +79,11 @@ def differences(stored: Bindings, asked: Bindings) -> list[str]:
         for key, what in (("manifest", "the corpus"), ("snapshot", "the store's list of shards"))
         if stored[key] != asked[key] and not (key == "snapshot" and began_open)
     ]
-    if stored.get("base", asked.get("base")) != asked.get("base", stored.get("base")):
-        differing.append(f"base: {stored['base']} there, {asked['base']} now (the weights under the adapters changed)")
+    differing += [
+        f"{key}: {stored[key]} there, {asked[key]} now ({what} changed)"
+        for key, what in (("base", "the weights under the adapters"), ("start", "what model.from names"))
+        if key in stored and key in asked and stored[key] != asked[key]
+    ]
     if stored.get("sources") != asked.get("sources") and then.get("mix") == now.get("mix"):
         differing.append(f"sources: {stored.get('sources')} there, {asked.get('sources')} now (names of the corpus's)")
     there, now_there = stored.get("corpora", {}), asked.get("corpora", {})
@@ -103,13 +108,41 @@ def held_in(folder: Path) -> tuple[Path, Bindings] | None:
 
 
 def finished(job: StudentJob, bindings: Bindings) -> dict[str, Any] | None:
-    """The result of this very run if it is complete. Raises StudentError if the folder holds another finished run."""
+    """The result of this very run if it is complete: then nothing is left to do. Raises StudentError if the folder
+    holds another finished run, or one that should be exported again and cannot be."""
     path = job.run_dir / RESULT
     if not path.exists():
         return None
     result = read_result(path)
     require_same(result["bindings"], bindings, path)
-    return result if (job.run_dir / EXPORT).is_dir() else None
+    if not (job.run_dir / EXPORT).is_dir():
+        return None
+    otherwise = exported_otherwise(job.run_dir, result, job.student)
+    if otherwise is None:
+        return result
+    if not otherwise.possible:
+        raise StudentError(f"{job.run_dir / EXPORT}: {otherwise.why}; set it back, or `stillroom run --redo`")
+    return None
+
+
+@dataclass(frozen=True)
+class Otherwise:
+    """A finished student whose weights were written in another type than is asked for. possible: whether they can be
+    written again: the checkpoint is there from which they are."""
+
+    why: str
+    possible: bool
+
+
+def exported_otherwise(folder: Path, result: dict[str, Any], student: StudentConfig) -> Otherwise | None:
+    """None where the type is the one that is asked for, or that of an earlier release, which did not say."""
+    there, asked = result.get("export_dtype", student.export_dtype), student.export_dtype
+    if there == asked:
+        return None
+    steps = {result["steps"], *([result["best"]["step"]] if result.get("best") else [])}
+    possible = all((folder / "checkpoints" / f"step-{step:08d}").is_dir() for step in steps)
+    how = "it is exported again from its checkpoint" if possible else "the checkpoint that it is made from is gone"
+    return Otherwise(f"export_dtype: {there} there, {asked} asked, and {how}", possible)
 
 
 def read_result(path: Path) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from stillroom.storage.identity import canonical_json
 from stillroom.storage.records import SignalSpec, digest128
 
 #: Fields that cannot change a trained number (device, compile: beyond the noise of its arithmetic). A resumed run may
-#: change them; it may change no other.
+#: change them; it may change no other. A finished one is exported again under another export_dtype, not trained.
 FREE_FIELDS = frozenset(
     {
         "name", "device", "compile", "checkpoint_every", "keep_last", "log_every", "eval_every", "eval_packs",
@@ -318,6 +318,9 @@ class StudentJob(_Config):
 
     teacher: Path | None = None
     """The teacher's folder; read for a cut only."""
+
+    start: str | None = None
+    """Digest of the folder where the weights start, `model.from`; null: not known, and not compared."""
 
     processes: int = Field(default=1, ge=1)
     """How many train it on this machine, where nothing else started us as one of several."""

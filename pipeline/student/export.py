@@ -63,6 +63,7 @@ def result_of(
         "seconds": round(progress.seconds, 3),
         "seconds_waited": round(progress.waited, 3),
         "loss": progress.loss,
+        "export_dtype": config.export_dtype,
         "before": progress.before,
         "after": after,
     }

@@ -181,7 +181,7 @@ TABLE: dict[str, tuple[Any, frozenset[str]]] = {
     "students.0.eval_every": (3, NOTHING),
     "students.0.eval_packs": (1, NOTHING),
     "students.0.on_nan": ("skip", TRAIN),
-    "students.0.export_dtype": ("bfloat16", NOTHING),
+    "students.0.export_dtype": ("bfloat16", TRAIN),  # exported again
     "students.0.device": ("auto", NOTHING),
     "train.read_through": (True, NOTHING),
     "train.patience_s": (5, NOTHING),

@@ -1,6 +1,8 @@
 """What a dry run calls done, a run takes as done; what a run refuses, a dry run calls stale, and `--redo` gets out of
 it. Each on a student that was trained, or begun, by other settings than the recipe's."""
 
+import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from stillroom.pipeline.train import job_of, require_untouched, result_of
 from stillroom.storage.errors import StudentError
 from stillroom.storage.manifest import Manifest
 from tests.e2e.runs import Setup, sentences, trained, write_corpus
+from tests.tiny import tiny_teacher
 
 pytestmark = pytest.mark.real
 
@@ -96,6 +99,48 @@ def test_a_student_that_is_begun(tmp_path: Path) -> None:
     assert train_part(setup, "students.0.lr=0.5").state == "stale", "the one before it says so too"
     put_aside([train_part(setup, "students.0.lr=0.5")], QUIET)
     assert train_part(setup, "students.0.lr=0.5").why == "not trained yet"
+
+
+def test_other_weights_in_the_folder_where_it_starts(tmp_path: Path) -> None:
+    start = tmp_path / "start"
+    tiny_teacher(start, layers=1, seed=7)
+    setup = setup_of(tmp_path, model={"from": str(start)})
+    trained(setup.recipe())
+    for path in start.iterdir():
+        os.utime(path)
+    assert train_part(setup).state == "done", "the same bytes, written again"
+    tiny_teacher(start, layers=1, seed=8)
+    part = train_part(setup)
+    assert (part.state, part.why.split(":")[0]) == ("stale", "start")
+    assert "what model.from names changed" in refused(setup)
+    with pytest.raises(StudentError, match="names changed"):
+        result_of(job_of(setup.recipe(), setup.recipe().students[0]))
+    (start / "model.safetensors").unlink()
+    assert train_part(setup).state == "done", "without its weights nothing says otherwise"
+
+
+def test_another_dtype_of_the_export(tmp_path: Path) -> None:
+    """It is exported again, from its last checkpoint; trained again only by `--redo`, where there is none."""
+    setup, asked = setup_of(tmp_path), "students.0.export_dtype=bfloat16"
+    trained(setup.recipe())
+    folder = tmp_path / "run" / "students" / "cut"
+    before, lines = json.loads((folder / "result.json").read_text()), (folder / "log.jsonl").read_text().splitlines()
+    assert (train_part(setup, asked).state, train_part(setup).state) == ("runs", "done")
+    trained(setup.recipe(asked))
+    after = json.loads((folder / "result.json").read_text())
+    assert after.pop("export_dtype") == "bfloat16"
+    before.pop("export_dtype")
+    assert after == before
+    assert len((folder / "log.jsonl").read_text().splitlines()) == len(lines)
+    assert json.loads((folder / "export" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert (train_part(setup, asked).state, train_part(setup).state) == ("done", "runs")
+    shutil.rmtree(folder / "checkpoints")
+    part = train_part(setup)
+    assert (part.state, part.why) == (
+        "stale", "export_dtype: bfloat16 there, float32 asked, and the checkpoint that it is made from is gone"
+    )  # fmt: skip
+    with pytest.raises(StudentError, match="the checkpoint that it is made from is gone"):
+        result_of(job_of(setup.recipe(), setup.recipe().students[0]))
 
 
 def test_a_store_that_has_grown_is_no_other_one(tmp_path: Path) -> None:
