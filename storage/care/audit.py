@@ -15,6 +15,8 @@ from typing import Any, Literal
 
 from stillroom.storage import plans
 from stillroom.storage.calibration import calibration_path, load_calibration
+from stillroom.storage.catalog.stores import FIDELITY, kept_fidelity
+from stillroom.storage.catalog.uses import account_files, check_account_file
 from stillroom.storage.errors import CorruptShard, StoreError
 from stillroom.storage.fidelity.truth import FOLDER as TRUTH
 from stillroom.storage.files import Files, content_digest
@@ -147,7 +149,10 @@ def log_problems(files: Files, columns: Seq[str], again: str = SCORES_AGAIN) -> 
         for version in sorted(set(expected) - entries.keys()):
             yield Problem(f"{LOG}/{version:020d}.json", "this entry of the log is missing", remedy)
     for _, name in sorted(entries.items()):
-        for number, line in enumerate(files.read(name).splitlines(), start=1):
+        lines = files.read(name).splitlines()
+        if not lines:  # delta-rs takes it for a commit of nothing
+            yield Problem(name, "this entry of the log is empty: it was cut off", remedy)
+        for number, line in enumerate(lines, start=1):
             problem = _action_problem(line, columns)
             if problem:
                 yield Problem(name, f"line {number}: {problem}", remedy)
@@ -241,6 +246,21 @@ def side_problems(files: Files, identity: Identity) -> Iterator[Problem]:
         if stated and sha256_of(files, name) != stated:
             remedy = f"{repair_of(files.uri)} removes it; fidelity is then measured at the positions that are left"
             yield Problem(name, "its sha256 is not the one in its name: it was damaged", remedy, "remove")
+    yield from account_problems(files)
+
+
+def account_problems(files: Files) -> Iterator[Problem]:
+    """What was measured, taught and used, where it is not what its own digest says: rows are right without it."""
+    damaged = "it is not what its digest says: it was damaged"
+    try:
+        kept_fidelity(files)
+    except CorruptShard:
+        yield Problem(FIDELITY, damaged, "remove it, and `stillroom teach` on the recipe measures anew")
+    for name in account_files(files):
+        try:
+            check_account_file(files, name)
+        except CorruptShard:
+            yield Problem(name, damaged, "put back a copy of it, or remove it, and what it says is no longer counted")
 
 
 def digest_problems(files: Files, needed: str | None = None) -> Iterator[Problem]:

@@ -198,19 +198,30 @@ def _checked(key: str) -> str:
     return key
 
 
+def account_files(files: Files) -> Iterable[str]:
+    """Names of the files of the account. Raises StoreError."""
+    return (name for folder in (USES, TAUGHT) for name in files.list(folder) if _NAME.fullmatch(name))
+
+
+def check_account_file(files: Files, name: str) -> None:
+    """Raises CorruptShard naming the file where it is damaged."""
+    _read(files, name, Use if name.startswith(USES) else TaughtRun)
+
+
 def _load(files: Files, folder: str, kind: type[Record]) -> Iterable[Record]:
-    for name in files.list(folder):
-        if not _NAME.fullmatch(name):
-            continue
-        try:
-            held = unseal(files.read(name))
-            # A later release may say more; what this one counts must be there, and be of its type.
-            yield kind(**{field.name: _typed(held[field.name], field.type) for field in fields(kind)})
-        except (ValueError, KeyError, TypeError) as error:
-            raise CorruptShard(
-                f"{files.uri}/{name} cannot be read ({' '.join(str(error).split())}): put back a copy of it, or remove "
-                "it, and what it says is no longer counted"
-            ) from error
+    return (_read(files, name, kind) for name in files.list(folder) if _NAME.fullmatch(name))
+
+
+def _read(files: Files, name: str, kind: type[Record]) -> Record:
+    try:
+        held = unseal(files.read(name))
+        # A later release may say more; what this one counts must be there, and be of its type.
+        return kind(**{field.name: _typed(held[field.name], field.type) for field in fields(kind)})
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorruptShard(
+            f"{files.uri}/{name} cannot be read ({' '.join(str(error).split())}): put back a copy of it, or remove "
+            "it, and what it says is no longer counted"
+        ) from error
 
 
 def _typed(value: Any, kind: Any) -> Any:
