@@ -20,11 +20,27 @@ from stillroom.storage.fidelity.bound import Bound
 from stillroom.storage.fidelity.measure import Block, Fidelity, Measured, measure_blocks
 from stillroom.storage.files import LocalFiles
 from stillroom.storage.identity import Identity
-from stillroom.storage.records import Float32, HiddenSpec, SampledSpec, Sequence, Signal, SignalSpec, TopKSpec, Unit
+from stillroom.storage.records import (
+    Float32,
+    HiddenSpec,
+    NucleusSpec,
+    SampledSpec,
+    Sequence,
+    Signal,
+    SignalSpec,
+    TopKSpec,
+    Unit,
+)
 from stillroom.storage.shard import ShardReader, write_shard
 
 #: Ids kept per position that are tried beside the recipe's own.
 KEPT = (16, 32, 64, 128, 256)
+
+#: Steps of a nat that are tried at the recipe's k: rounding adds as much at any other.
+STEPS = (1 / 2, 1 / 4, 1 / 8, 1 / 16)
+
+#: Mass of a nucleus that is tried where the recipe names none.
+MASS = 0.95
 
 #: Draws that are tried where the recipe names none.
 DRAWS = 50
@@ -97,17 +113,25 @@ def candidates(asked: SignalSpec, *, vocabulary: int, width: int, hidden: bool) 
     """
     asked = replace(asked, layers=None, attention=None)
     step = asked.topk.gap_step if asked.topk else 1 / 8
-    usual = min(64, vocabulary - 1)
+    usual = usual_k(vocabulary)
     kept = sorted({k for k in (*KEPT, usual, asked.topk.k if asked.topk else usual) if k < vocabulary})
     plain = [SignalSpec(TopKSpec(k, step)) for k in kept]
     small = [SignalSpec(TopKSpec(k, step, layout="packed")) for k in kept]
+    own = asked.topk or TopKSpec(usual, step)
+    steps = [SignalSpec(TopKSpec(own.k, s)) for s in STEPS]
+    fewer = SignalSpec(TopKSpec(own.k, step, own.nucleus or NucleusSpec(MASS)))
     beside = TopKSpec(usual, step)
-    found = [*([asked] if asked.as_dict() else []), *plain, *small]
+    found = [*([asked] if asked.as_dict() else []), *plain, *small, *steps, fewer]
     found.append(SignalSpec(sampled=asked.sampled or SampledSpec(DRAWS)))
     if hidden:
         found.append(SignalSpec(hidden=HiddenSpec(width, "int16")))
         found += [SignalSpec(beside, hidden=HiddenSpec(width, dtype)) for dtype in ("int16", "int8", "bfloat16")]
     return list(dict.fromkeys(found))
+
+
+def usual_k(vocabulary: int) -> int:
+    """Ids kept where a recipe does not say."""
+    return min(64, vocabulary - 1)
 
 
 def price_all(
@@ -126,7 +150,7 @@ def price_all(
 
 def most(specs: Seq[SignalSpec], *, vocabulary: int) -> SignalSpec:
     """What a pilot must score for all of them: exact, the codecs round."""
-    kept = max((s.topk.k for s in specs if s.topk), default=min(64, vocabulary - 1))
+    kept = max((s.topk.k for s in specs if s.topk), default=usual_k(vocabulary))
     sampled = next((s.sampled for s in specs if s.sampled), None)
     hidden = next((s.hidden for s in specs if s.hidden), None)
     return SignalSpec(TopKSpec(kept, None), sampled, HiddenSpec(hidden.width, "bfloat16") if hidden else None)
@@ -183,6 +207,38 @@ def cheapest(options: Seq[Option], bound: Bound, temperatures: Seq[float]) -> Op
     """The smallest choice that serves students at these temperatures within the bound."""
     fit = [option for option in options if not option.misses(bound, temperatures)]
     return min(fit, key=lambda option: option.bytes_per_token, default=None)
+
+
+def coarsest(options: Seq[Option], k: int, bound: Bound, temperatures: Seq[float]) -> Option | None:
+    """Of what keeps the top k and nothing else, the one with the largest step that adds no more than the bound's KL;
+    None where every step adds more, or there is no such bound. Angles follow from k, and are not asked."""
+    most = bound.max_kl_added
+    if most is None:
+        return None
+    found = []
+    for option in options:
+        topk = option.spec.topk
+        if topk is None or option.spec != SignalSpec(TopKSpec(k, topk.gap_step)) or topk.gap_step is None:
+            continue
+        added = [row.kl_added_nats for row in option.rows if row.temperature in temperatures]
+        if all(kl is not None and kl <= most for kl in added):
+            found.append((topk.gap_step, option))
+    return max(found, key=lambda each: each[0])[1] if found else None
+
+
+def step_of(option: Option) -> float:
+    """Of a choice of `coarsest`."""
+    assert option.spec.topk is not None
+    assert option.spec.topk.gap_step is not None
+    return option.spec.topk.gap_step
+
+
+def stepped(spec: SignalSpec, step: float) -> list[SignalSpec]:
+    """The spec with its gaps in steps at least as large, plain and packed; none where it has no gaps."""
+    if spec.topk is None:
+        return []
+    coarser = replace(spec.topk, gap_step=max(step, spec.topk.gap_step or 0.0))
+    return [replace(spec, topk=replace(coarser, layout="plain")), replace(spec, topk=replace(coarser, layout="packed"))]
 
 
 def _fidelity(

@@ -9,6 +9,7 @@ committed.
 import time
 from collections.abc import Sequence as Seq
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -16,15 +17,20 @@ import numpy as np
 from stillroom.pipeline.console import Console
 from stillroom.pipeline.inside import price_inside
 from stillroom.pipeline.options import (
+    STEPS,
     Option,
     Pilot,
     candidates,
     cheapest,
+    coarsest,
     most,
     price_all,
     side_bytes,
     side_of,
+    step_of,
+    stepped,
     unit_of,
+    usual_k,
     with_side,
 )
 from stillroom.pipeline.plan import Plan
@@ -82,6 +88,13 @@ def estimate(recipe: Recipe, plan: Plan, manifest: Manifest, sources: Sources, c
     pilot = Pilot(identity, sequences, scored.signals, scored.truth, positions, kept, calibrations)
     with console.progress(len(specs), "choices", label="plan") as progress:
         options = price_all(pilot, specs, temperatures, lambda: progress.advance(1))
+    bound = Bound(recipe.fidelity.max_gradient_angle_deg, recipe.fidelity.max_kl_added)
+    kept_k = identity.signal.topk.k if identity.signal.topk else usual_k(identity.vocabulary)
+    step = coarsest(options, kept_k, bound, wanted)
+    best = cheapest(options, bound, wanted)
+    if best and step:  # the table has the steps at one k, and plain
+        refined = [spec for spec in stepped(best.spec, step_of(step)) if spec not in specs]
+        options += price_all(pilot, refined, temperatures)
     side = side_bytes(pilot)
     if side:
         options = [with_side(option, identity.signal, side) for option in options]
@@ -90,7 +103,6 @@ def estimate(recipe: Recipe, plan: Plan, manifest: Manifest, sources: Sources, c
     total = round(options[0].bytes_per_token * plan.pending_tokens)
     free = open_files(recipe.store.path).free_bytes()
     hours = plan.pending_tokens / (tokens / seconds) / recipe.ray.actors / 3600
-    bound = Bound(recipe.fidelity.max_gradient_angle_deg, recipe.fidelity.max_kl_added)
     best = cheapest(options, bound, wanted)
     return {
         "pilot_tokens": tokens,
@@ -103,6 +115,7 @@ def estimate(recipe: Recipe, plan: Plan, manifest: Manifest, sources: Sources, c
         "student_temperatures": ", ".join(f"{t:g}" for t in wanted),
         "recipe_keeps": options[0].spec.in_words(),
         "recipe_misses": "; ".join(options[0].misses(bound, wanted)) or "nothing",
+        "coarsest_gap_step": _step(step, kept_k, bound, wanted),
         "cheapest": best.spec.in_words() if best else None,
         "cheapest_bytes_per_token": round(best.bytes_per_token, 1) if best else None,
         "options": [line for option in options for line in _lines(option, bound, plan.pending_tokens, hours)],
@@ -111,6 +124,20 @@ def estimate(recipe: Recipe, plan: Plan, manifest: Manifest, sources: Sources, c
             for name, size in inside
         ],
     }
+
+
+def _step(found: Option | None, k: int, bound: Bound, temperatures: Seq[float]) -> str:
+    """The largest step of a nat that the bound on the KL added allows, in words, with what it adds at the most."""
+    if bound.max_kl_added is None:
+        return "any: fidelity.max_kl_added is null"
+    tried = ", ".join(str(Fraction(step)) for step in STEPS)
+    if found is None:
+        return f"none of {tried} adds at most fidelity.max_kl_added = {bound.max_kl_added:g}; null, float32, adds none"
+    added = max(row.kl_added_nats or 0.0 for row in found.rows if row.temperature in temperatures)
+    return (
+        f"{Fraction(step_of(found))} of {tried}: at k = {k} it adds {added:.2g} nats, of fidelity.max_kl_added = "
+        f"{bound.max_kl_added:g}"
+    )
 
 
 def _lines(option: Option, bound: Bound, tokens: int, hours: float) -> list[dict[str, Any]]:

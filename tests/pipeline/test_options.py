@@ -8,7 +8,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stillroom.pipeline.options import KEPT, Option, Pilot, candidates, cheapest, cut, most, price, price_all, unit_of
+from stillroom.pipeline.options import (
+    KEPT,
+    STEPS,
+    Option,
+    Pilot,
+    candidates,
+    cheapest,
+    coarsest,
+    cut,
+    most,
+    price,
+    price_all,
+    step_of,
+    stepped,
+    unit_of,
+)
 from stillroom.storage.calibration import head_path
 from stillroom.storage.codecs.tail import tail_lse_at
 from stillroom.storage.fidelity.bound import Bound
@@ -63,6 +78,15 @@ class TestCandidates:
         assert any(s.topk and s.topk.layout == "packed" for s in found)
         assert any(s.sampled for s in found)
 
+    def test_steps_and_a_nucleus_are_tried_at_the_recipes_k(self) -> None:
+        found = candidates(RECIPE, vocabulary=49152, width=32, hidden=False)
+        tried = {s.topk.gap_step for s in found if s.topk and s.topk.k == 24 and s.topk.layout == "plain"}
+        assert tried == {1 / 2, 1 / 4, 1 / 8, 1 / 16}
+        assert [s.topk.k for s in found if s.topk and s.topk.nucleus] == [24]
+        asked = SignalSpec(TopKSpec(24, 1 / 8, NucleusSpec(0.7, 2.0)))
+        found = candidates(asked, vocabulary=49152, width=32, hidden=False)
+        assert [s for s in found if s.topk and s.topk.nucleus] == [asked]
+
     @given(st.integers(3, 300), st.booleans())
     def test_none_exceeds_a_small_vocabulary_and_all_can_be_scored_at_once(self, vocabulary: int, hidden: bool) -> None:
         found = candidates(SignalSpec(TopKSpec(2)), vocabulary=vocabulary, width=8, hidden=hidden)
@@ -100,6 +124,50 @@ class TestCheapest:
         assert coarse.misses(Bound(None, None), [1.0]) == []
 
 
+class TestCoarsest:
+    def steps(self, k: int = 24) -> list[Option]:
+        """Rounding to a step adds about its square: 1.6e-2, 4e-3, 1e-3 and 2.5e-4 nats at T = 1, less above."""
+        return [
+            Option(
+                SignalSpec(TopKSpec(k, step)), 40 - 20 * step,
+                (measured("topk", 1.0, 50, step**2 / 16), measured("topk", 2.0, 50, step**2 / 64)),
+            )
+            for step in STEPS
+        ]  # fmt: skip
+
+    @pytest.mark.parametrize(
+        ("most", "temperatures", "expected"),
+        [
+            (1e-3, [1.0], 1 / 8),
+            (4e-3, [1.0], 1 / 4),
+            (1e-3, [2.0], 1 / 4),
+            (1e-3, [1.0, 2.0], 1 / 8),
+            (1.0, [1.0], 1 / 2),
+        ],
+    )
+    def test_the_bound_picks_the_step(self, most: float, temperatures: list[float], expected: float) -> None:
+        """Whatever the angle: it follows from k."""
+        found = coarsest(self.steps(), 24, Bound(30, most), temperatures)
+        assert found is not None
+        assert step_of(found) == expected
+        best = cheapest(self.steps(), Bound(None, most), temperatures)
+        assert best == found, "it is also the cheapest of that k"
+
+    def test_there_may_be_none(self) -> None:
+        assert coarsest(self.steps(), 24, Bound(30, 1e-6), [1.0]) is None
+        assert coarsest(self.steps(), 24, Bound(30, None), [1.0]) is None
+        assert coarsest(self.steps(k=64), 24, Bound(30, 1e-3), [1.0]) is None
+
+    def test_another_choice_takes_the_step_over(self) -> None:
+        hidden = HiddenSpec(32, "int16")
+        for step, expected in ((1 / 8, 1 / 4), (1 / 2, 1 / 2), (None, 1 / 4)):
+            assert stepped(SignalSpec(TopKSpec(64, step), hidden=hidden), 1 / 4) == [
+                SignalSpec(TopKSpec(64, expected), hidden=hidden),
+                SignalSpec(TopKSpec(64, expected, layout="packed"), hidden=hidden),
+            ]
+        assert stepped(SignalSpec(sampled=SampledSpec(9)), 1 / 4) == []
+
+
 @pytest.fixture(scope="module", name="pilot")
 def _pilot(tmp_path_factory: pytest.TempPathFactory) -> Pilot:
     """Twelve sequences of a tiny real teacher, scored with all that any choice below needs."""
@@ -129,6 +197,18 @@ class TestPrice:
             assert a.gradient_angle_deg > b.gradient_angle_deg
             assert a.retained_mass < b.retained_mass
             assert a.positions == 24
+
+    def test_coarser_steps_cost_less_and_add_more(self, pilot: Pilot) -> None:
+        specs = [SignalSpec(TopKSpec(24, step)) for step in STEPS]
+        found = price_all(pilot, specs, [1.0])
+        added = [option.rows[0].kl_added_nats or 0.0 for option in found]
+        sizes = [option.bytes_per_token for option in found]
+        assert sizes == sorted(sizes)
+        assert added == sorted(added, reverse=True)
+        for number, step in enumerate(STEPS):
+            best = coarsest(found, 24, Bound(None, added[number] * 1.01), [1.0])
+            assert best is not None
+            assert step_of(best) == step
 
     def test_what_is_priced_together_is_what_is_priced_alone(self, pilot: Pilot) -> None:
         specs = [SignalSpec(TopKSpec(k, layout=layout)) for k in (4, 32) for layout in ("plain", "packed")]

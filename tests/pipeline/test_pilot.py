@@ -39,6 +39,8 @@ def test_every_tier_and_temperature_is_priced_and_nothing_is_founded(setup: Setu
     assert {f"top-{k} (1/8 nat)" for k in (8, 16, 32, 64, 128, 256)} <= kept
     assert {"top-64 (1/8 nat, packed)", "50 draws", "hidden int16 (32)"} <= kept
     assert {f"top-64 (1/8 nat) + hidden {dtype} (32)" for dtype in ("int16", "int8", "bfloat16")} <= kept
+    assert {f"top-8 ({step} nat)" for step in ("1/2", "1/4", "1/8", "1/16")} <= kept
+    assert "top-8 (1/8 nat, nucleus 0.95)" in kept
     for name in kept:
         rows = [row for row in found["options"] if row["keeps"] == name]
         temperatures = [1.0] if "draws" in name else list(TEMPERATURES)
@@ -70,6 +72,21 @@ def test_the_cheapest_follows_bound_and_temperatures(setup: Setup, plan: Any) ->
     assert one["recipe_misses"] == "nothing"
     none = plan(setup, "fidelity.max_gradient_angle_deg=0.0001")
     assert none["cheapest"] is None
+
+
+def test_the_bound_on_rounding_picks_the_step(setup: Setup, plan: Any) -> None:
+    """The coarsest that meets it, at the recipe's k and in what is recommended."""
+    found = plan(setup, "fidelity.max_kl_added=1", "fidelity.max_gradient_angle_deg=null")
+    added = {r["keeps"]: r["kl_added"] for r in found["options"] if r["temperature"] == 2}
+    assert found["coarsest_gap_step"].startswith("1/2 of 1/2, 1/4, 1/8, 1/16: at k = 8 it adds ")
+    assert "1/2 nat" in found["cheapest"] or "topk" not in found["cheapest"]
+    bound = added["top-8 (1/4 nat)"] * 1.1
+    found = plan(setup, f"fidelity.max_kl_added={bound:g}", "fidelity.max_gradient_angle_deg=null")
+    assert found["coarsest_gap_step"].startswith("1/4 of ")
+    assert "1/4 nat" in found["cheapest"]
+    assert {
+        r["within_bound"] for r in found["options"] if r["keeps"] == "top-8 (1/2 nat)" and r["temperature"] == 2
+    } == {False}
 
 
 def test_its_price_is_that_of_the_store(tmp_path: Path, plan: Any) -> None:
