@@ -131,8 +131,13 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_shard_says_so(
         return score(self, sequences, *rest)
 
     monkeypatch.setattr(TorchTeacher, "_score_batch", tight)
-    halved = TeacherActor(spec, identity, str(tmp_path / "halved")).score_unit(unit, sequences)
+    actor = TeacherActor(spec, identity, str(tmp_path / "halved"))
+    halved = actor.score_unit(unit, sequences)
     assert (whole.halved, whole.batches, halved.halved, halved.batches) == (0, 2, 2, 4)
+    monkeypatch.undo()
+    again = actor.score_unit(unit, sequences)
+    assert (again.halved, again.batches) == (0, 2), "there is room now"
+    assert again.shard == whole.shard
     blocks = []
     for receipt, name in ((whole, "whole"), (halved, "halved")):
         reader = ShardReader(open_files(str(tmp_path / name)), receipt.shard, identity)
