@@ -13,7 +13,6 @@ Memory is the peak of a process of its own, one for each way, over a teacher wit
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -38,6 +37,7 @@ from stillroom.workers.actor import TeacherActor, remote_actor
 from stillroom.workers.source import load_tokenizer, resolve_model
 from stillroom.workers.teacher import TeacherSpec, TruthRequest
 from stillroom.workers.torch_teacher import TorchTeacher
+from tests.bench.results import merged
 from tests.bench.teacher import MODEL, text
 
 SIGNAL = SignalSpec(TopKSpec(64))
@@ -59,9 +59,8 @@ def main() -> None:
         print(_peak_mb(arguments.memory_of, arguments.folder))
         return
     result = {**_speed(arguments.turns), **_memory()}
-    held = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(held | result, indent=2) + "\n")
+    with merged(arguments.output) as held:
+        held |= result
     for key, value in result.items():
         Console().print(f"{key}: {value}", highlight=False)
 

@@ -17,7 +17,6 @@ D = 1,024, float32. The dense one is given the teacher's logits, which are count
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -44,6 +43,7 @@ from stillroom.storage.manifest_writer import ManifestWriter
 from stillroom.storage.records import Pack, SignalSpec, TopKSpec
 from stillroom.storage.snapshot import Snapshot
 from stillroom.storage.stream import Stream
+from tests.bench.results import merged
 from tests.bench.store import build
 from tests.bench.teacher import WINDOW, Scored, scored
 
@@ -71,9 +71,8 @@ def main() -> None:
     if arguments.only != "memory":
         with tempfile.TemporaryDirectory(prefix="stillroom-bench-") as folder:
             result |= step_ratios(scored(), Path(folder), arguments.turns)
-    held = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(held | result, indent=2) + "\n")
+    with merged(arguments.output) as held:
+        held |= result
     for key, value in result.items():
         Console().print(f"{key}: {value}", highlight=False)
 

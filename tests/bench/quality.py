@@ -14,12 +14,10 @@ documents that were held out.
 """
 
 import argparse
-import fcntl
 import hashlib
-import json
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -46,6 +44,7 @@ from stillroom.storage.store import open_store
 from stillroom.storage.stream import Stream
 from stillroom.workers.source import resolve_model
 from tests.bench.live import LiveTeacher, LiveTrainer, Renormalised, measure
+from tests.bench.results import kept, merged
 from tests.bench.teacher import MODEL
 
 FOLDER = Path("build/bench/quality")
@@ -232,23 +231,6 @@ class World:
                 yield from islice(opened, count)
 
         return packs()
-
-
-def kept(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text())) if path.exists() else {}
-
-
-@contextmanager
-def merged(path: Path) -> Iterator[dict[str, Any]]:
-    """What a file of keys holds, to be added to; another process adds before or after."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        held = kept(path)
-        yield held
-        fresh = path.with_suffix(".tmp")
-        fresh.write_text(json.dumps(held, indent=2) + "\n")
-        fresh.rename(path)
 
 
 def summary(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from tests.bench.results import merged
 from tests.faults.synthetic import make
 
 
@@ -36,9 +37,8 @@ def main() -> None:
         "scale_s": round(sum(times.values()), 2),
         "scale_peak_mb": max(one["plan_peak_mb"] for one in found),
     }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    held = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
-    arguments.output.write_text(json.dumps(held | result, indent=2) + "\n")
+    with merged(arguments.output) as held:
+        held |= result
     print(json.dumps(result, indent=2))
 
 

@@ -1,21 +1,24 @@
 """`make bench`: what a store takes and gives, on the real teacher, in one run.
 
-Enters: nothing. Leaves: `build/bench.json` and a table. Costs: five minutes on two cores the first time, three later.
+Enters: nothing. Leaves: its keys in `build/bench.json`, and a table. Costs: five minutes on two cores the first time,
+three later.
 
     python -m tests.bench.store [--output build/bench.json]
 
-Bytes are of whole stores as the product writes them: shards, log, plans, identity and calibration. Two things are left
-out and stated by themselves: the fidelity sample, and the teacher's output head that a hidden part keeps once per
-store. Speeds are of one core: medians of repeats that take turns, the codec with Parquet and file. KL and angles
-are means over 640 positions whose whole-vocabulary logits are kept by the bench.
+Bytes are of whole stores, each file written by the product's own function: shards, log, plans, identity, calibration
+and the account. Three things do not grow with the store and are stated by themselves: the fidelity sample, the table of
+what ids mean as text (`token_table_bytes`: 212,257, which of these 40,960 tokens is 5.2 bytes each), and the teacher's
+output head that a hidden part keeps (`head_bytes`). Speeds are of one core: medians of repeats that take turns, the
+codec with Parquet and file. KL and angles are means over 640 positions whose whole-vocabulary logits are kept by the
+bench.
 """
 
 import argparse
-import json
 import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,9 +30,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from stillroom.pipeline.account import TeachingAccount
 from stillroom.pipeline.fidelity import rebuilder
 from stillroom.pipeline.options import cut, unit_of
+from stillroom.pipeline.token_text import keep_token_table
 from stillroom.storage.calibration import save_calibration
+from stillroom.storage.catalog.views import token_table
 from stillroom.storage.fidelity.measure import Block, Fidelity, measure_blocks
 from stillroom.storage.files import open_files
 from stillroom.storage.identity import Identity
@@ -44,8 +50,10 @@ from stillroom.storage.records import (
 from stillroom.storage.shard import ShardReader, write_shard
 from stillroom.storage.store import Store, create_store
 from stillroom.workers.head import calibrate, save_head, steps_of
+from stillroom.workers.source import load_tokenizer
 from stillroom.workers.teacher import TeacherSpec
 from stillroom.workers.torch_teacher import TorchTeacher
+from tests.bench.results import merged
 from tests.bench.teacher import DRAWS, TOKENS, Scored, scored
 
 K = 64
@@ -63,8 +71,8 @@ def main() -> None:
     data = scored()
     with tempfile.TemporaryDirectory(prefix="stillroom-bench-") as folder:
         result = bench(data, Path(folder))
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+    with merged(arguments.output) as held:
+        held |= result
     show(result)
 
 
@@ -93,6 +101,7 @@ def bench(data: Scored, folder: Path) -> dict[str, Any]:
         "tokens": TOKENS,
         "k": K,
         "vocabulary": data.identity.vocabulary,
+        "token_table_bytes": rows["topk"]["token_table_bytes"],
         "bytes_per_token_topk64": by_tier["topk"],
         "kl_added_topk64": fidelity["topk"]["topk"]["1"]["kl_added_nats"],
         "kl_added_topk64_by_temperature": {t: row["kl_added_nats"] for t, row in fidelity["topk"]["topk"].items()},
@@ -117,12 +126,14 @@ def bench(data: Scored, folder: Path) -> dict[str, Any]:
 
 
 def build(data: Scored, spec: SignalSpec, root: Path) -> Store:
-    """A whole store of the scored sequences, as teaching makes it."""
+    """A whole store of the scored sequences, as teaching makes it, but for the fidelity sample and `progress.json`."""
     files = open_files(str(root))
     if spec.hidden is not None:
         spec = _found(data, spec, root)
     identity = Identity(**{**vars(data.identity), "signal": spec})
     store = create_store(str(root), identity)
+    keep_token_table(store.files, _tokenizer(data.folder), identity.vocabulary)
+    account = TeachingAccount(store.files, "bench")
     parts = [range(at, min(at + UNIT_SEQUENCES, len(data.sequences))) for at in range(0, len(data.sequences), 16)]
     units = [unit_of([data.sequences[i] for i in part]) for part in parts]
     store.save_plan(units)
@@ -132,8 +143,13 @@ def build(data: Scored, spec: SignalSpec, root: Path) -> Store:
         blocks = [cut(data.signals[i], spec, data.identity.vocabulary) for i in part]
         ref = write_shard(files, identity, unit, sequences, blocks, {"engine": "bench"})
         receipts.append(Receipt(ref, len(part), sum(unit.tokens), sum(unit.rows), batches=1, seconds=0.0))
-    store.commit(receipts)
+    account.add(store.commit(receipts))
     return store
+
+
+@cache
+def _tokenizer(folder: Path) -> Any:
+    return load_tokenizer(folder, trust_remote_code=False)
 
 
 def _found(data: Scored, spec: SignalSpec, root: Path) -> SignalSpec:
@@ -156,8 +172,10 @@ def _found(data: Scored, spec: SignalSpec, root: Path) -> SignalSpec:
 
 def describe(data: Scored, store: Store) -> dict[str, Any]:
     """Bytes by column and in all, and fidelity by part and temperature."""
-    head = sum(info.size_bytes for info in store.files.walk() if "/head-" in info.name)
-    total = sum(info.size_bytes for info in store.files.walk()) - head
+    sizes = {info.name: info.size_bytes for info in store.files.walk()}
+    head = sum(size for name, size in sizes.items() if "/head-" in name)
+    table = sizes[token_table(store.files) or ""]
+    total = sum(sizes.values()) - head - table
     columns: dict[str, int] = {}
     for ref in store.committed().values():
         metadata = pq.read_metadata(Path(store.uri) / ref.path)
@@ -179,6 +197,7 @@ def describe(data: Scored, store: Store) -> dict[str, Any]:
         "bytes_per_token": round(total / TOKENS, 2),
         "columns_bytes_per_token": {name: round(size / TOKENS, 2) for name, size in columns.items()},
         "head_bytes": head,
+        "token_table_bytes": table,
         "fidelity": fidelity,
     }
 
@@ -282,6 +301,7 @@ def show(result: dict[str, Any]) -> None:
         table.add_row(f"naive: {name}", f"{size:.1f}", "", "")
     console = Console(width=120)
     console.print(table)
+    console.print(f"token table: {result['token_table_bytes']:,} bytes, once per store, not in bytes/token")
     for name in ("encode", "decode"):
         console.print(
             f"{name}: {result[f'{name}_tokens_per_s_core']:,} tokens/s on one core, topk with Parquet and file"

@@ -23,6 +23,7 @@ def test_every_tier_keeps_its_size_and_its_fidelity(tmp_path: Path) -> None:
     assert "bytes/token" in done.stdout
     found = json.loads(output.read_text())
     assert found["tokens"] == 40_960
+    assert 0 < found["token_table_bytes"] <= 215_000  # apart from bytes/token, as it does not grow with the store
     assert found["bytes_per_token_topk64"] <= 150
     assert found["kl_added_topk64"] <= 1e-3
     assert found["bytes_per_token_packed64"] <= 125
