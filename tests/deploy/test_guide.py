@@ -2,7 +2,8 @@
 
 One run of the guide's own recipe is shared by all pages, as the guide has it. Blocks of `sh` and `python` are run, one
 that begins with a file's name is written to it, and rows of the table of refusals must be refused in those words.
-Blocks of `text` need a cluster, a GPU or vLLM: their words are parsed and their recipes loaded.
+Blocks of `text` need a cluster or a GPU: their words are parsed and their recipes loaded. What the page about
+generations says of `seqkd.yaml` is run on a smaller one in its place, by one start of a real vLLM.
 """
 
 import ast
@@ -14,14 +15,18 @@ import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from deploy.reading import Command, commands_in
 from stillroom.pipeline.arguments import RECIPE_COMMANDS, parse
 from stillroom.pipeline.recipe import load_chain
 from tests.e2e.runs import kill_group, sentences, write_corpus
+from tests.e2e.test_seqkd import RECIPE, SMALLER
 from tests.tiny import tiny_teacher
+from tests.workers.engines import NEEDED
 
 ROOT = Path(__file__).parents[2]
 GUIDE = ROOT / "deploy" / "guide"
@@ -174,15 +179,37 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Reader:
     tiny_teacher(folder / "teacher", layers=4, tie_word_embeddings=False)
     write_corpus(folder / "texts.jsonl", sentences(0, 50, 60))
     write_corpus(folder / "notes.jsonl", sentences(1, 20, 60))
+    tiny_teacher(folder / "other", vocabulary=300)
+    smaller_seqkd(folder)
     made = Reader(folder)
     made.read(FIRST)
     return made
 
 
+def smaller_seqkd(folder: Path) -> None:
+    """`deploy/recipes/seqkd.yaml` with fewer and shorter responses of a tiny teacher, under the same name."""
+    recipe = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
+    for word in (*SMALLER, "teacher.model=answering"):
+        key, _, value = word.partition("=")
+        *path, last = key.split(".")
+        section: Any = recipe
+        for name in path:
+            section = section[int(name)] if isinstance(section, list) else section.setdefault(name, {})
+        section[last] = yaml.safe_load(value)
+    there = folder / RECIPE.relative_to(ROOT)
+    there.parent.mkdir(parents=True)
+    there.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    for prompts in recipe["generate"]["prompts"]:
+        (folder / prompts).write_bytes((ROOT / prompts).read_bytes())
+    tiny_teacher(folder / "answering", head_dim=64)  # vLLM's attention on a CPU knows no heads of 8 channels
+
+
 @pytest.mark.real
 @pytest.mark.slow
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("page", listed())
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=NEEDED) if page == "generations.md" else page for page in listed()]
+)
 def test_a_page_runs(reader: Reader, page: str) -> None:
     reader.read(page)
 
