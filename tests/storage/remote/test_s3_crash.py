@@ -30,13 +30,22 @@ def content(number: int) -> bytes:
 
 
 class Writer(threading.Thread):
-    """Writes and commits units one by one, and tells how far it is."""
+    """Writes and commits units one by one, and tells how far it is.
+
+    told: what its commits said was theirs. done: its units, those of the other writer among them.
+    """
 
     def __init__(self, root: str, first: int) -> None:
         super().__init__()
         self._files, self._log, self._first = open_files(root), CommitLog.open(root), first
         self.told: list[str] = []
-        self.third, self.failed = threading.Event(), ""
+        self.failed, self.done = "", 0
+        self._step = threading.Condition()
+
+    def wait_for(self, done: int) -> None:
+        """Until that many units are done, or the writer has failed; a minute at most."""
+        with self._step:
+            assert self._step.wait_for(lambda: self.done >= done or self.failed, 60), f"{self.done} of {done} units"
 
     def run(self) -> None:
         try:
@@ -47,11 +56,13 @@ class Writer(threading.Thread):
                 self._files.write(path, data)
                 ref = ShardRef(unit, path, sha256_hex(data), len(data))
                 self.told += [r.shard.path for r in self._log.commit([Receipt(ref, 1, 1, 1, 1, 0.0)])]
-                if number == 2:
-                    self.third.set()
+                with self._step:
+                    self.done += 1
+                    self._step.notify_all()
         except StoreError as error:
-            self.failed = str(error)
-            self.third.set()
+            with self._step:
+                self.failed = str(error)
+                self._step.notify_all()
 
 
 @pytest.mark.real
@@ -61,10 +72,14 @@ def test_a_server_killed_in_the_middle_and_restarted(s3_server: S3Server, root: 
     writers = [Writer(root, first) for first in (0, UNITS // 2)]
     for writer in writers:
         writer.start()
-    for writer in writers:
-        writer.third.wait(60)
+    done = [0, 0]
     for _ in range(2):
-        s3_server.restart()
+        for writer, before in zip(writers, done, strict=True):
+            writer.wait_for(before + 3)
+        s3_server.kill()
+        done = [writer.done for writer in writers]
+        assert max(done) < UNITS, "a writer was through before the kill"  # without a server it cannot be now
+        s3_server.start()
     for writer in writers:
         writer.join(120)
     assert [writer.failed for writer in writers] == ["", ""]
@@ -87,7 +102,7 @@ def test_a_server_that_stays_away_is_told_and_the_next_run_finishes(
     CommitLog.create(root, SCHEMA)
     writer = Writer(root, 0)
     writer.start()
-    writer.third.wait(60)
+    writer.wait_for(3)
     s3_server.kill()
     writer.join(60)
     s3_server.start()
