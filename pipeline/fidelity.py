@@ -21,6 +21,7 @@ from stillroom.storage.errors import CorruptShard, IdentityMismatch, Unsupported
 from stillroom.storage.fidelity.bound import Bound, supports
 from stillroom.storage.fidelity.gradient import Key
 from stillroom.storage.fidelity.measure import TEMPERATURES, Block, Fidelity, Measured, NoiseBand, measure_blocks, noise
+from stillroom.storage.fidelity.shares import tail_shares
 from stillroom.storage.fidelity.truth import FOLDER, read_positions, truth_blocks
 from stillroom.storage.files import Files
 from stillroom.storage.identity import Identity
@@ -59,6 +60,16 @@ def keep_measured(store: Store, temperatures: Seq[float], console: Console) -> N
                 f"fidelity: {row.tier} at T = 1 keeps {row.retained_mass:.3f} of the mass, gradient "
                 f"{row.gradient_angle_deg:.1f}° from full KD{added} ({row.positions} positions)"
             )
+
+
+def keep_band(store: Store, band: dict[str, Any], console: Console) -> None:
+    """Keep a noise band in a store that has no fidelity sample to measure one on, unless numbers are there.
+
+    band: as `NoiseBand.as_dict` gives it.
+    """
+    if _kept(store, console) is None:
+        stated = {"sample": _sample_digest(store), **Fidelity(()).as_dict(), "noise": band}
+        store.files.write(FIDELITY, seal(stated))
 
 
 def _kept(store: Store, console: Console) -> dict[str, Any] | None:
@@ -150,6 +161,22 @@ def before_and_after(source: str, destination: str, console: Console) -> list[di
             line[f"gradient_angle_deg_{when}"] = round(row.gradient_angle_deg, 2)
     keep_measured(open_store(destination), TEMPERATURES, console)
     return list(lines.values())
+
+
+def tail_shares_of(store: Store) -> Float32:
+    """How the tail is shared on average in the store's fidelity sample, float32 [V].
+
+    Raises UnsupportedSignal if it keeps none; CorruptShard, StoreError where shards or the sample cannot be read.
+    """
+    refs = store.committed()
+    units = [unit for unit in store.planned() if unit.id in refs]
+    found = tail_shares(_blocks(store, units, _signals(store, units), None, 1.0), store.identity.vocabulary)
+    if found is None:
+        raise UnsupportedSignal(
+            f"store {store.uri} keeps no fidelity sample, of which losses.signal topk+truth takes the tail's shares: "
+            "set it to topk, or teach with fidelity.positions: 256 into another store"
+        )
+    return found
 
 
 def measure_store(store: Store, temperatures: Seq[float]) -> tuple[Fidelity, NoiseBand | None]:

@@ -1,7 +1,7 @@
 """Pinning: which shards a student trains on, fixed in its folder before it starts.
 
-Enters: a recipe, its corpus and store. Leaves: `snapshot.parquet` and `pinned.json` in the student's folder, a pin in
-the store. Costs: 40 bytes a sequence.
+Enters: a recipe, its corpus and store. Leaves: `snapshot.parquet` and `pinned.json` in the student's folder, for
+losses.signal topk+truth the tail's shares too, and a pin in the store. Costs: 40 bytes a sequence.
 
 Where teachers still write, the snapshot is open: all planned units are in it, and a `Follower` tells the student of
 their shards as the log gets them. It is completed when the last one is there, and is then the snapshot that a run after
@@ -12,13 +12,14 @@ import json
 from collections.abc import Collection
 from pathlib import Path
 
-from stillroom.pipeline.fidelity import require_described, require_supported
+from stillroom.pipeline.fidelity import require_described, require_supported, tail_shares_of
 from stillroom.pipeline.recipe.schema import Recipe
 from stillroom.pipeline.student.bindings import RESULT
 from stillroom.pipeline.student.config import StudentConfig
 from stillroom.storage.arrivals import ArrivalsWriter, arrivals_path
 from stillroom.storage.care.pins import pin
-from stillroom.storage.errors import StoreError
+from stillroom.storage.errors import StoreError, UnsupportedSignal
+from stillroom.storage.fidelity.shares import shares_path, write_shares
 from stillroom.storage.files import LocalFiles, open_files
 from stillroom.storage.manifest import Manifest
 from stillroom.storage.snapshot import Snapshot
@@ -47,6 +48,7 @@ def pinned(recipe: Recipe, student: StudentConfig, manifest: Manifest, folder: P
             raise _lacking(files.uri, follower.missing, manifest)
         if unchecked and store:
             require_supported(recipe, student, store)
+            _keep_shares(student, store, path)
         if follower is not None:
             follower.complete()
         return path
@@ -64,6 +66,7 @@ def pinned(recipe: Recipe, student: StudentConfig, manifest: Manifest, folder: P
         )
     if unchecked:
         require_supported(recipe, student, store)  # a student that is refused must not hold on to shards
+        _keep_shares(student, store, path, anew=True)
     _write(store, snapshot, folder, stated)
     return path
 
@@ -73,6 +76,11 @@ def pin_open(
 ) -> Path | None:
     """As `pinned`, where the units `pending` of the corpus are planned and not scored yet. The student's fidelity is
     checked when they are, as the sample is spread over them."""
+    if student.distils and student.losses.signal == "topk+truth":
+        raise UnsupportedSignal(
+            f"student {student.name}: losses.signal topk+truth needs the whole fidelity sample, which is there when "
+            "all units are: set train.read_through to false, or losses.signal to topk"
+        )
     path = folder / SNAPSHOT
     stated = {"manifest": manifest.digest, "store": store.files.uri}
     held = _note(folder)
@@ -143,6 +151,15 @@ def _write(store: Store, snapshot: Snapshot, folder: Path, stated: dict[str, str
     pin(store.files, snapshot, path)  # before the snapshot is there: `stillroom gc` must not come between
     snapshot.write(path)
     LocalFiles(folder).write(NOTE, json.dumps(stated | {"signal": True}).encode())
+
+
+def _keep_shares(student: StudentConfig, store: Store, snapshot: Path, *, anew: bool = False) -> None:
+    """The tail's shares beside the snapshot, where the student reads them. They stay as they were when it began: a
+    store that grows has another sample. Raises UnsupportedSignal if the store has none."""
+    path = shares_path(snapshot)
+    if student.distils and student.losses.signal == "topk+truth" and (anew or not path.exists()):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_shares(path, tail_shares_of(store))
 
 
 def _note(folder: Path) -> dict[str, object] | None:

@@ -175,7 +175,8 @@ class Session:
             return TOPK
         # A student that learns from layers alone needs no output of the teacher.
         distils = self.config.distils or has_output(snapshot.identity.signal)
-        teaching = Teaching.of(self.config.losses.signal, snapshot, self.device) if distils else TOPK
+        asked, pinned = self.config.losses.signal, self.job.snapshot
+        teaching = Teaching.of(asked, snapshot, self.device, pinned=pinned) if distils else TOPK
         for losses in self.config.all_losses():
             require_determined(losses, teaching.part)
         return teaching

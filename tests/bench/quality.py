@@ -28,6 +28,7 @@ from rich.console import Console as RichConsole
 from rich.table import Table
 
 from stillroom.pipeline.console import Console
+from stillroom.pipeline.fidelity import tail_shares_of
 from stillroom.pipeline.precompute import teach_command
 from stillroom.pipeline.recipe.schema import Recipe
 from stillroom.pipeline.student import rng
@@ -36,6 +37,7 @@ from stillroom.pipeline.student.features.losses import Features
 from stillroom.pipeline.student.model import build_student, load_tokenizer
 from stillroom.pipeline.student.teaching import Teaching
 from stillroom.pipeline.student.trainer import Trainer
+from stillroom.storage.fidelity.shares import shares_path, write_shares
 from stillroom.storage.identity import canonical_json
 from stillroom.storage.manifest import Manifest
 from stillroom.storage.records import Pack
@@ -63,7 +65,7 @@ RECIPE: dict[str, Any] = {
         "topk": {"k": 64, "gap_step": 1 / 8}, "sampled": {"draws": 50}, "hidden": {"dtype": "int16"},
         "layers": {"layers": [1, 11, 20, 30]},
     },
-    "fidelity": {"positions": 0},
+    "fidelity": {"positions": 256},
     "store": {"path": str(FOLDER / "store"), "unit_tokens": 8192},
     "ray": {"actors": 1, "cpus_per_actor": 1},
 }  # fmt: skip
@@ -97,6 +99,7 @@ ROWS = {
     "live_t1": Row("live teacher, T = 1", 1.0, way="live"),
     "topk_t1": Row("top-64 and tail, T = 1", 1.0),
     "topk_sampled_t1": Row("top-64 and 50 draws, T = 1", 1.0, signal="topk+sampled"),
+    "topk_truth_t1": Row("top-64 and the tail's mean shares, T = 1", 1.0, signal="topk+truth"),
     "live_t4": Row("live teacher, T = 4", 1.0, 4.0, way="live"),
     "hidden_t4": Row("hidden int16, T = 4", 1.0, 4.0, "hidden"),
     "ce": Row("text alone", 0.0),
@@ -119,6 +122,7 @@ ROWS = {
 COMPARED = {
     "quality_cached_vs_live_t1": ("topk_t1", "live_t1"),
     "quality_with_draws_vs_live_t1": ("topk_sampled_t1", "live_t1"),
+    "quality_with_shares_vs_live_t1": ("topk_truth_t1", "live_t1"),
     "quality_cached_vs_live_t4": ("hidden_t4", "live_t4"),
     "quality_renormalised_vs_live_t1": ("renormalised_t1", "live_t1"),
     "quality_renormalised_vs_live_t4": ("renormalised_t4", "live_t4"),
@@ -185,7 +189,8 @@ class World:
         """Train and measure. order: digest of all tokens read."""
         began = time.perf_counter()
         trainer = self._trainer(row, row.config(name, steps))
-        parts = {*row.signal.split("+"), "topk"} | (trainer.features.reads if trainer.features else set())
+        parts = {*row.signal.split("+"), "topk"} - {"truth"}
+        parts |= trainer.features.reads if trainer.features else set()
         order = hashlib.sha256()
         losses = []
         with closing(self._packs(steps, parts)) as packs:
@@ -203,6 +208,14 @@ class World:
         seconds = round(time.perf_counter() - began, 1)
         return {**found, "loss_last_20": sum(losses[-20:]) / 20, "order": order.hexdigest()[:16], "seconds": seconds}
 
+    def _pinned(self) -> Path:
+        """Where a student would have its snapshot, with the tail's shares beside it."""
+        path = FOLDER / "pinned" / "snapshot.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not shares_path(path).exists():
+            write_shares(shares_path(path), tail_shares_of(open_store(RECIPE["store"]["path"])))
+        return path
+
     def _trainer(self, row: Row, config: StudentConfig) -> Trainer:
         rng.seed_all(config.seed)
         cpu, identity = torch.device("cpu"), self.snapshot.identity
@@ -213,7 +226,7 @@ class World:
         kind = {"stored": Trainer, "live": LiveTrainer, "renormalised": Renormalised}[row.way]
         trainer = kind(
             model, config, vocabulary=identity.vocabulary, total_steps=config.steps or 0, device=cpu,
-            teaching=Teaching.of(row.signal, self.snapshot, cpu),
+            teaching=Teaching.of(row.signal, self.snapshot, cpu, pinned=self._pinned()),
             features=Features.of(config, identity.signal, model, cpu),
         )  # fmt: skip
         if isinstance(trainer, LiveTrainer):
