@@ -17,6 +17,7 @@ from stillroom.pipeline.recipe.section import Section
 from stillroom.pipeline.recipe.signal_schema import SignalConfig
 from stillroom.pipeline.recipe.teacher_schema import RayConfig, TeacherConfig, require_split
 from stillroom.pipeline.student.config import StudentConfig
+from stillroom.pipeline.student.features.maps import named_layers
 
 #: A corpus source: the responses that are kept. What says which, in the run's folder.
 GENERATIONS, VERDICTS = "generations", "verdicts.parquet"
@@ -163,6 +164,11 @@ class Recipe(Section):
                 f"that window maps take {(self.corpus.window + 1) / 2:,.0f} numbers a token for each layer and head, "
                 "before compression; set the window to at most max_tokens, or raise max_tokens"
             )
+        layers = self.signal.layers
+        if layers and layers.named_by:
+            named = named_layers([(s.name, features) for s in self.students for features in s.all_features()])
+            layers = layers.model_copy(update={"layers": named, "named_by": None})
+            object.__setattr__(self, "signal", self.signal.model_copy(update={"layers": layers}))
         if not self.store.path:  # the one field whose default comes from another section
             store = self.store.model_copy(update={"path": str(self.run_dir / "store")})
             object.__setattr__(self, "store", store)
@@ -174,11 +180,6 @@ class Recipe(Section):
                 "beside the teachers; leave one of both out"
             )
         for number, student in enumerate(self.students):
-            if student.losses.signal == "topk+truth" and not self.fidelity.positions:
-                raise ValueError(
-                    f"students.{number}.losses.signal is topk+truth, fidelity.positions 0: the tail's shares are those "
-                    "of the positions that are kept in full; set positions to 256, or losses.signal to topk"
-                )
             if self.train.processes > student.batch_packs:
                 raise ValueError(
                     f"train.processes is {self.train.processes}, students.{number}.batch_packs {student.batch_packs}: "

@@ -87,7 +87,8 @@ class _ChosenLayers(Section):
 
     @model_validator(mode="after")
     def _one_of_both(self) -> Self:
-        if (self.layers is None) == (self.every is None) or self.layers == ():
+        given = [value for name in ("layers", "every", "named_by") if (value := getattr(self, name, None)) is not None]
+        if len(given) != 1 or self.layers == ():
             raise ValueError("expected either layers, a list such as [4, 8], or every, a number")
         return self
 
@@ -109,6 +110,9 @@ class LayersConfig(_ChosenLayers):
     fourth, and the last one the final hidden state after the last norm."""
     every: int | None = Field(default=None, ge=1)
     """In place of `layers`: what leaves each so-manieth block; 4 keeps 4, 8, 12 and so on."""
+    named_by: Literal["students"] | None = None
+    """In place of `layers`: those of the teacher that the students' `features.hidden` and `relations` name in pairs. A
+    map such as uniform names none, it goes over what the store holds. Stages with one store share its `layers`."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """How they are stored. bfloat16: exact for a teacher that runs in it, else within 1/256 of each value."""
 

@@ -8,7 +8,7 @@ import pytest
 
 from stillroom.pipeline.fidelity import require_described, require_taught
 from stillroom.pipeline.options import side_of
-from stillroom.pipeline.recipe.signal_schema import SignalConfig
+from stillroom.pipeline.recipe.signal_schema import LayersConfig, SignalConfig
 from stillroom.pipeline.rescore import rescore_store
 from stillroom.pipeline.sources import _require_readable
 from stillroom.storage.care.verify import verify_store
@@ -51,6 +51,18 @@ def refusal(tmp_path: Path, **over: Any) -> str:
     return str(caught.value)
 
 
+def test_students_may_name_the_layers(tmp_path: Path) -> None:
+    """The recipe has them from then on: whatever shows it shows the numbers."""
+    pairs = {"hidden": {"map": [[1, 2]]}, "relations": {"map": [[1, 1]]}, "attention": {"map": [[0, 0]]}}
+    setup = Setup.make(
+        tmp_path, DOCUMENTS, signal__layers={"named_by": "students", "dtype": "float32"},
+        signal__attention={"layers": [0]}, students__0__features=pairs,
+    )  # fmt: skip
+    recipe = setup.recipe()
+    assert recipe.signal.layers == LayersConfig(layers=(1, 2), dtype="float32")
+    assert recipe.signal == SignalConfig.model_validate(recipe.signal.model_dump())
+
+
 def test_a_sequence_that_could_not_be_read_back_is_refused_with_its_size() -> None:
     """32 heads of 32 layers at 1,024 tokens: 1.07 GB in one sequence."""
     heavy = SignalSpec(attention=AttentionSpec(tuple(range(32)), 1024, "per_head", 32))
@@ -68,6 +80,12 @@ def test_a_sequence_that_could_not_be_read_back_is_refused_with_its_size() -> No
         ({"signal__layers": {}}, "expected either layers, a list such as [4, 8], or every, a number"),
         ({"signal__layers": {"layers": [1], "every": 2}}, "expected either layers"),
         ({"signal__layers": {"layers": []}}, "expected either layers"),
+        ({"signal__layers": {"layers": [1], "named_by": "students"}}, "expected either layers"),
+        ({"signal__layers": {"named_by": "students"}}, "no student's features.hidden or relations names a layer"),
+        (
+            {"signal__layers": {"named_by": "students"}, "students__0__features": {"hidden": {"map": "uniform"}}},
+            "features.hidden.map of student cut is uniform, which goes over the layers that the store holds",
+        ),
         ({"signal__layers": {"layers": [-1]}}, "signal.layers.layers.0"),
         ({"signal__layers": {"layers": [1, 3]}}, "asks for layer 3, expected 0 to 2 (the teacher has 2 blocks)"),
         ({"signal__layers": {"every": 3}}, "every so many, more than there are, expected 0 to 2"),

@@ -114,6 +114,32 @@ def require_held(features: FeaturesConfig, signal: SignalSpec) -> None:
         )
 
 
+def named_layers(features: Seq[tuple[str, FeaturesConfig]]) -> tuple[int, ...]:
+    """The teacher's hidden states that students name in pairs, rising. features: each with its student's name.
+
+    Raises ValueError where a map names none, since it goes over what a store holds, and where there is none at all.
+    """
+    found: set[int] = set()
+    for student, each in features:
+        for name in ("hidden", "relations"):
+            part = each.parts().get(name)
+            if not isinstance(part, (HiddenFeature, RelationsFeature)) or part.map == "last":
+                continue
+            if not isinstance(part.map, tuple):
+                raise ValueError(
+                    f"signal.layers.named_by is students, but features.{name}.map of student {student} is {part.map}, "
+                    "which goes over the layers that the store holds and names none: give pairs [student, teacher], "
+                    "or signal.layers.every in the place of named_by"
+                )
+            found |= {teacher for _, teacher in part.map}
+    if not found:
+        raise ValueError(
+            "signal.layers.named_by is students, and no student's features.hidden or relations names a layer: give "
+            "one of them pairs [student, teacher] as its map, or signal.layers.layers in the place of named_by"
+        )
+    return tuple(sorted(found))
+
+
 def resolve(features: FeaturesConfig, signal: SignalSpec, shape: Shape) -> dict[str, Pairs]:
     """The pairs of each part, as numbered by transformers.
 
