@@ -70,7 +70,7 @@ class Watch(TorchDispatchMode):
     """Notes every operation that would make the host wait."""
 
     def __init__(self, log: list[str]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._log = log
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
