@@ -205,7 +205,10 @@ def account_files(files: Files) -> Iterable[str]:
 
 def check_account_file(files: Files, name: str) -> None:
     """Raises CorruptShard naming the file where it is damaged."""
-    _read(files, name, Use if name.startswith(USES) else TaughtRun)
+    if name.startswith(USES):
+        _read(files, name, Use)
+    else:
+        _read(files, name, TaughtRun)
 
 
 def _load(files: Files, folder: str, kind: type[Record]) -> Iterable[Record]:

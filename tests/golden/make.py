@@ -91,7 +91,8 @@ def golden_sequences() -> list[Sequence]:
 def golden_calibration(files: Files) -> None:
     """Vectors by a formula. A pyarrow that writes other bytes asks for a copy of what lies in v2."""
     channels = np.arange(8, dtype=np.float32)
-    found = save_calibration(files, Calibration((channels + 1) / 1000, channels / 8 - 0.5))
+    scale, offset = (channels + 1) / 1000, channels / 8 - 0.5
+    found = save_calibration(files, Calibration(scale.astype(np.float32), offset.astype(np.float32)))
     assert found == CALIBRATION, f"{found} was written: copy the file from a store of v2"
 
 

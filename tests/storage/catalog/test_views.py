@@ -212,8 +212,9 @@ def test_the_token_table_has_every_id(tmp_path: Path) -> None:
     assert table["token"].to_pylist() == [*tokenizer.convert_ids_to_tokens(range(len(tokenizer))), None, None]
     assert len(set(table["token"].to_pylist())) == len(tokenizer) + 1
     assert texts_of(files) == [row.text for row in rows]
-    assert texts_of(files)[-2:] == ["", ""]
-    assert "�" in texts_of(files)
+    texts = texts_of(files) or []
+    assert texts[-2:] == ["", ""]
+    assert "�" in texts
     assert None in table["text"].to_pylist(), "a text that its token spells is not written again"
 
 
