@@ -1,6 +1,6 @@
 """What distillation costs over cross-entropy alone, and the memory of output head and loss.
 
-Enters: nothing. Leaves: its keys in `build/bench.json`. Costs: four minutes on two cores, 9 GiB for half a minute.
+Enters: nothing. Leaves: its keys in `build/bench.json`. Costs: four minutes on two cores, 14 GiB for half a minute.
 
     python -m tests.bench.loss [--output build/bench.json] [--turns 12] [--only step|memory]
 
