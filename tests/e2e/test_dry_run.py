@@ -2,7 +2,7 @@
 
 The base is a real chain that is done: two stages, the second taught by the first one's student. A table says for each
 field what of the first stage its change touches; what that means for the second follows (a student that is trained
-anew is another teacher).
+anew is another teacher). A second one says what changes of the chain itself touch.
 """
 
 import json
@@ -19,6 +19,8 @@ from stillroom.pipeline.recipe.fields import fields_of, models_in
 from stillroom.pipeline.recipe.schema import Recipe
 from stillroom.pipeline.sources import Sources
 from stillroom.pipeline.stages.dry_run import parts_of
+from stillroom.pipeline.student.bindings import differences
+from stillroom.pipeline.student.config import StudentConfig
 from stillroom.storage.generations.store import create_generations
 from tests.e2e.runs import Setup, kill_group, sentences, wait_for
 from tests.storage.generations.builders import put
@@ -36,7 +38,8 @@ TRAIN = frozenset({"train", "evaluate"})
 EVALUATE = frozenset({"evaluate"})
 
 S = "stages.0.students.0"
-PHASE = [{"steps": 3}, {"steps": 3}]
+CUT = {"cut": {"layers": 1}}
+A, C = "{name: a, model: {cut: {layers: 2}}}", "{name: c, model: {cut: {layers: 1}}}"
 
 #: What is not one `field=value`: further words that the field cannot be without.
 WITH = {
@@ -100,6 +103,7 @@ TABLE: dict[str, tuple[Any, frozenset[str]]] = {
     "signal.hidden.dtype": ("bfloat16", TEACH),
     "signal.layers.layers": ([1], TEACH),
     "signal.layers.every": (2, TEACH),
+    "signal.layers.named_by": ("students", TEACH),
     "signal.layers.dtype": ("float32", TEACH),
     "signal.attention.layers": ([0], TEACH),
     "signal.attention.every": (2, TEACH),
@@ -195,8 +199,46 @@ TABLE: dict[str, tuple[Any, frozenset[str]]] = {
     "evaluate.lm_eval.limit": (None, EVALUATE),
 }  # fmt: skip
 
-#: Sections whose fields are one part of another value: that of the whole section says it.
-WHOLE = ("students.0.phases.losses.", "students.0.phases.features.", "students.0.features.")
+#: By field of a student's section that the base lacks: the section as it is trained, and as the field makes it another
+#: one. Of each the table above has the whole section.
+_LOSSES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "alpha": ({}, {"alpha": 0.6}),
+    "signal": ({}, {"signal": "topk"}),
+    "temperature": ({}, {"temperature": 1.5}),
+    "output.forward_kl": ({}, {"output": {"forward_kl": 0.5}}),
+    "output.reverse_kl": ({}, {"output": {"reverse_kl": 1.0}}),
+    "output.js.weight": ({}, {"output": {"js": {"weight": 1.0}}}),
+    "output.js.mixing": ({"output": {"js": {"weight": 1.0}}}, {"output": {"js": {"weight": 1.0, "mixing": 0.3}}}),
+    "output.tv": ({}, {"output": {"tv": 1.0}}),
+    "output.mse": ({}, {"output": {"mse": 1.0}}),
+    "output.cosine": ({}, {"output": {"cosine": 1.0}}),
+    "label_smoothing": ({}, {"label_smoothing": 0.1}),
+    "fused": ({}, {"fused": False}),
+}
+_FEATURES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    f"{part}.{field}": ({part: {}}, {part: {field: value}})
+    for part, fields in {
+        "hidden": {"weight": 0.3, "map": "last", "every": 2, "loss": "cosine", "projection": "linear"},
+        "attention": {"weight": 0.3, "map": "last", "every": 2, "heads": "per_head"},
+        "embeddings": {"weight": 0.3, "loss": "cosine", "projection": "linear"},
+        "relations": {"weight": 0.3, "map": "last", "every": 2},
+    }.items()
+    for field, value in fields.items()
+}
+
+
+def _phase(**section: Any) -> dict[str, Any]:
+    # One part of the store teaches all phases.
+    return {"losses": {"signal": "topk"}, "phases": [{"steps": 6, **section}]}
+
+
+INNER: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    **{f"features.{field}": ({"features": a}, {"features": b}) for field, (a, b) in _FEATURES.items()},
+    **{f"phases.losses.{field}": (_phase(losses=a), _phase(losses=b)) for field, (a, b) in _LOSSES.items()},
+    **{f"phases.features.{field}": (_phase(features=a), _phase(features=b)) for field, (a, b) in _FEATURES.items()},
+}
+#: Fields with one value alone.
+SINGLE = ("students.0.features.attention.loss", "students.0.phases.features.attention.loss")
 #: Of the responses: GENERATED below has them. What students answer: `test_seqkd`, whose recipe is run whole.
 GENERATING = ("generate.", "evaluate.answers.")
 
@@ -262,9 +304,9 @@ def fields() -> list[str]:
 
 
 def test_no_field_is_forgotten() -> None:
-    skipped = (*WHOLE, *GENERATING)
-    assert [f for f in fields() if f not in TABLE and not f.startswith(skipped)] == []
-    assert [f for f in TABLE if f not in fields()] == []
+    named = {*TABLE, *(f"students.0.{f}" for f in INNER)}
+    assert [f for f in fields() if f not in named and not f.startswith(GENERATING)] == [*SINGLE]
+    assert named - {*fields()} == set()
     assert [f"generate.{f}" for f in GENERATED] == [f for f in fields() if f.startswith("generate.")]
 
 
@@ -323,6 +365,8 @@ def words(setup: Setup, field: str) -> list[str]:
         more = [f"{S}.mix.by=weight"]
     if field.endswith("nucleus.temperature"):
         more = ["signal.topk.nucleus.mass=0.5"]
+    if field.endswith("named_by"):
+        more = ["student_defaults.features.hidden.map=[[1, 1]]"]
     if field.endswith("js.mixing"):
         more = [f"{S}.losses.output.js.weight=1"]
     if field in (
@@ -352,6 +396,68 @@ def test_a_changed_field_names_what_it_invalidates(done: Setup, field: str) -> N
         later = later if touched else NOTHING
     found = invalid(done, *words(done, field))
     assert found == {"one": set(touched), "two": set(later)}
+
+
+@pytest.mark.parametrize("field", INNER)
+def test_a_changed_field_of_a_section_makes_another_student(field: str) -> None:
+    """As any change of a student's numbers does; that a dry run names what this invalidates, the table shows."""
+    trained, asked = (StudentConfig.model_validate({"name": "a", "model": CUT} | given) for given in INNER[field])
+    held = {"manifest": "m", "snapshot": "s"}
+    (said,) = differences(held | {"config": trained.numbers()}, held | {"config": asked.numbers()})
+    assert said.startswith(f"{field.split('.')[0]}: ")
+
+
+#: By what is done to the whole recipe: words of the command line, and what that touches. FOLDER: of the test.
+CHAIN: dict[str, tuple[list[str], dict[str, frozenset[str]]]] = {
+    "defaults": (["student_defaults.lr=0.5"], {"one": TRAIN, "two": TEACH}),
+    "defaults that one of two has itself": (
+        ["stages.0.students.0.lr=0.001", "student_defaults.lr=0.5"],
+        {"one": NOTHING, "two": TRAIN},
+    ),
+    "defaults that no number depends on": (["student_defaults.log_every=3"], {"one": NOTHING, "two": NOTHING}),
+    "a second student": (
+        [f"stages.0.students=[{A}, {C}]", "stages.1.teacher.student=a"],
+        {"one": TRAIN, "two": NOTHING},
+    ),
+    "a second student who teaches": (
+        [f"stages.0.students=[{A}, {C}]", "stages.1.teacher.student=c"],
+        {"one": TRAIN, "two": TEACH},
+    ),
+    "no student": (["stages.1.students=[]"], {"one": NOTHING, "two": NOTHING}),
+    "the recipe's own teacher": (["stages.1.teacher={}"], {"one": NOTHING, "two": TRAIN}),
+    "a field of one stage": (["stages.1.signal={topk: {k: 4}}"], {"one": NOTHING, "two": TEACH}),
+    "another name of a stage": (["stages.1.name=second"], {"one": NOTHING, "second": ALL}),
+    "one stage less": (["stages=[STAGE-0]"], {"one": NOTHING}),
+    "one stage more": (
+        ["stages=[STAGE-0, STAGE-1, {name: three, teacher: {stage: two}, students: [" + C + "]}]"],
+        {"one": NOTHING, "two": NOTHING, "three": ALL},
+    ),
+    "one stage more of a teacher that is there": (
+        ["stages=[STAGE-0, STAGE-1, {name: three, students: [" + C + "]}]"],
+        {"one": NOTHING, "two": NOTHING, "three": ALL - {"teach"}},
+    ),
+    "a preset": (
+        [
+            "preset=deepseek", "signal.layers.every=1",
+            "corpus.sources=[{path: FOLDER/corpus.jsonl, name: pretraining}, {path: FOLDER/other.jsonl, name: "
+            "instruction}]",
+        ],
+        {"one": ALL, "two": ALL},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHAIN)
+def test_a_changed_chain_names_what_that_invalidates(done: Setup, change: str) -> None:
+    given, touched = CHAIN[change]
+    stages = yaml.safe_load((done.folder / "recipe.yaml").read_text())["stages"]
+    texts = {"FOLDER": str(done.folder), **{f"STAGE-{n}": json.dumps(stage) for n, stage in enumerate(stages)}}
+    said = []
+    for word in given:
+        for name, text in texts.items():
+            word = word.replace(name, text)
+        said.append(word)
+    assert invalid(done, *said) == touched
 
 
 @pytest.fixture(scope="module", name="written")
