@@ -3,12 +3,21 @@
 import json
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+import yaml
+from numpy.typing import NDArray
+from transformers import AutoModelForCausalLM
 
 from stillroom.pipeline.cli import main
+from stillroom.pipeline.report.data import RESOLVED
+from stillroom.storage.records import Sequence, TopK
+from stillroom.storage.store import Store, open_store
 from tests.browser import NEEDED, Browser, browser
 from tests.pipeline.report.world import HOSTILE, add_generation, make_run
 
@@ -38,11 +47,12 @@ def focused(open_: Browser) -> int:
     return int(open_.run("return Number(document.activeElement.dataset.at ?? -1)"))
 
 
-def settled(open_: Browser) -> None:
-    """All plots are drawn, and the viewer has its document."""
+def settled(open_: Browser, tokens: int = 50) -> None:
+    """All plots are drawn, and the viewer has its document, of more than so many tokens."""
     drawn = "return [...document.querySelectorAll('.plot')].every((p) => p.querySelector('.bk-Figure'))"
     until(
-        lambda: open_.run(drawn) and open_.run("return document.querySelectorAll('#text span').length > 50"), "the page"
+        lambda: open_.run(drawn) and open_.run(f"return document.querySelectorAll('#text span').length > {tokens}"),
+        "the page",
     )
 
 
@@ -61,11 +71,108 @@ def test_the_page_in_a_browser(tmp_path: Path, capsys: pytest.CaptureFixture[str
             assert "dropped, duplicate" in opened.run("return document.getElementById('pipeline').innerText")
             _text_is_text(opened)
             _keyboard(opened)
-            _pointer(opened)
+            _pointer(opened, Truth.of(run, opened))
             opened.picture(PICTURES / f"report-{width}.png", whole=True)
+        store = store_of(run)
+        alone = tmp_path / "store.html"
+        assert main(["inspect", store.uri, "--html", str(alone), "--json"]) == 0
+        opened.open(alone, width=1280)
+        settled(opened, tokens=1)
+        for at in (1, len(document(opened)) - 1):
+            opened.run(f"document.getElementById('token-{at}').focus()")
+            found = told(opened)
+            assert list(found) == ["Teacher"]
+            _is_what(found["Teacher"], teacher_at(store, document(opened), at))
         opened.collect()
         assert opened.errors == []
-        assert set(opened.requests) <= {page.as_uri(), "data:,"}
+        assert set(opened.requests) <= {page.as_uri(), alone.as_uri(), "data:,"}
+
+
+def store_of(run: Path) -> Store:
+    return open_store(yaml.safe_load((run / RESOLVED).read_text())["store"]["path"])
+
+
+def document(opened: Browser) -> list[int]:
+    """The ids of the first document, which the viewer opens with."""
+    ids = opened.run("return JSON.parse(document.getElementById('tokens-data').textContent)[0].documents[0].ids")
+    return [int(i) for i in ids]
+
+
+def told(opened: Browser) -> dict[str, list[tuple[int, float]]]:
+    """What the panel says of the token: for each model the ids in their order, with the percentage shown."""
+    script = """
+        const models = {};
+        let lines;
+        for (const element of document.getElementById('panel').children) {
+          if (element.tagName === 'H3') models[element.textContent.split(':')[0]] = lines = [];
+          if (element.classList.contains('row')) {
+            lines.push([element.firstElementChild.title, element.lastElementChild.textContent]);
+          }
+        }
+        return models;"""
+    return {
+        model: [
+            (int(title.removeprefix("id ")), float(p.removesuffix(" %").replace("< 0.01", "0"))) for title, p in rows
+        ]
+        for model, rows in opened.run(script).items()
+    }
+
+
+Likeliest = list[tuple[int, float]]
+
+
+def found_in(store: Store, ids: list[int]) -> tuple[Sequence, TopK]:
+    """The stored sequence that a document of the page begins with, and what the teacher said of it."""
+    for stored in store.sequences():
+        first = 0 if stored.sequence.first_position == 0 else stored.sequence.first_position + 1
+        shown = stored.sequence.input_ids[first:].tolist()
+        if shown[:24] == ids[:24]:
+            assert stored.signal is not None
+            assert stored.signal.topk is not None
+            return stored.sequence, stored.signal.topk
+    raise AssertionError("the store has no such sequence")
+
+
+def teacher_at(store: Store, ids: list[int], at: int) -> Likeliest:
+    """(id, percent) of what is kept where token `at` of a document is predicted; the tail's share included."""
+    sequence, topk = found_in(store, ids)
+    row = at - (sequence.first_position == 0)
+    kept = topk.logits[row].astype(np.float64)
+    total = np.exp(kept).sum() + np.exp(float(topk.tail_lse[row, -1]))
+    return list(zip(topk.ids[row].tolist(), (100 * np.exp(kept) / total).tolist(), strict=True))
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What the viewer must say of the first document's tokens. shares: float32 [T, V], of the student."""
+
+    store: Store
+    ids: list[int]
+    shares: NDArray[np.float32]
+
+    @staticmethod
+    def of(run: Path, opened: Browser) -> "Truth":
+        store, ids = store_of(run), document(opened)
+        sequence, _ = found_in(store, ids)
+        assert sequence.first_position == 0
+        student = AutoModelForCausalLM.from_pretrained(run / "students" / "cut" / "export", dtype=torch.float32)
+        with torch.no_grad():
+            logits = student(torch.from_numpy(sequence.input_ids.astype(np.int64))[None]).logits[0]
+        return Truth(store, ids, torch.softmax(logits[:, : store.identity.vocabulary], dim=-1).numpy())
+
+    def check(self, found: dict[str, Likeliest], at: int) -> None:
+        assert list(found) == ["Teacher", "cut"]
+        _is_what(found["Teacher"], teacher_at(self.store, self.ids, at))
+        share_V = self.shares[at - 1]
+        best = np.argsort(-share_V, kind="stable")[:8].tolist()
+        _is_what(found["cut"], [(i, 100 * float(share_V[i])) for i in best])
+
+
+def _is_what(found: Likeliest, expected: Likeliest) -> None:
+    """The eight likeliest, in this order; percentages are shown to one digit, below 1 % to two."""
+    assert [i for i, _ in found] == [i for i, _ in expected[:8]]
+    for (_, shown), (_, true) in zip(found, expected, strict=False):
+        assert shown == pytest.approx(true, abs=0.011 if true < 0.99 else 0.056)
 
 
 def _text_is_text(opened: Browser) -> None:
@@ -102,8 +209,8 @@ def _keyboard(opened: Browser) -> None:
     assert "nothing predicted it" in panel(opened)
 
 
-def _pointer(opened: Browser) -> None:
-    """Hover tells without moving the focus; a tap moves it; the switch shades anew."""
+def _pointer(opened: Browser, truth: Truth) -> None:
+    """Hover tells without moving the focus, and tells the truth; a tap moves it; the switch shades anew."""
     from selenium.webdriver.common.action_chains import ActionChains
     from selenium.webdriver.common.by import By
 
@@ -118,6 +225,7 @@ def _pointer(opened: Browser) -> None:
 
     until(hovered, "what hover shows")
     assert focused(opened) == 0
+    truth.check(told(opened), 9)
     ninth.click()
     assert focused(opened) == 9
     shade = "return [...document.querySelectorAll('#text span')].map((s) => s.style.getPropertyValue('--v'))"
