@@ -27,6 +27,8 @@ from stillroom.workers.teacher import TruthRequest
 PATIENCE_S = 60.0
 #: How long `run` is silent at most.
 TICK_S = 1.0
+#: An actor that has not answered `ask` by then hangs: a probe is three passes over one batch, and one call may compile.
+ANSWER_S = 1800.0
 
 #: What an actor's `score_unit` takes: the unit, its sequences, and which positions to keep in full.
 Work = tuple[Unit, list[Sequence], TruthRequest]
@@ -84,11 +86,7 @@ class Pool:
         """
         self._slots = [self._fresh() for _ in range(self._config.actors)]
         self._patience_ends = time.monotonic() + PATIENCE_S
-        while not self.ready:
-            tick()
-            done, _ = ray.wait([slot.loading for slot in self._slots], num_returns=1, timeout=TICK_S)
-            self._welcome(done)
-            self._say_if_none_is_ready()
+        self._wait_until_one_is_ready(tick)
         # Those that came at the same time: one that failed need not wait for those that hang.
         rest = [slot.loading for slot in self._slots if slot.loading is not None]
         if rest:
@@ -118,16 +116,41 @@ class Pool:
                 if found is not None:
                     yield found
 
-    def ask(self, method: str, *arguments: Any) -> Any:
-        """The answer of an actor that is ready; None if it was lost, which is told when it gets a unit. Raises what it
-        raised."""
-        actor = next(slot.actor for slot in self._slots if slot.loading is None)
+    def ask(
+        self, method: str, *arguments: Any, tick: Callable[[], None] = lambda: None, answer_s: float = ANSWER_S
+    ) -> Any:
+        """The answer of an actor that is ready, or of the first that is; None if it was lost, or did not answer in
+        time: another is started then in its place.
+
+        tick: called about once a second while it waits. Raises what the actor raised, and what `start` raises.
+        """
+        self._wait_until_one_is_ready(tick)
+        slot = next(slot for slot in self._slots if slot.loading is None)
+        answer = getattr(slot.actor, method).remote(*arguments)
+        ends = time.monotonic() + answer_s
+        while not ray.wait([answer], timeout=min(TICK_S, answer_s))[0]:
+            tick()
+            if time.monotonic() > ends:
+                return self._give_up(slot, f"it has not answered {method} for {answer_s:g} s")
         try:
-            return ray.get(getattr(actor, method).remote(*arguments))
+            return ray.get(answer)
         except RayTaskError as error:
             raise cause_of(error) from error
-        except RayError:
-            return None
+        except RayError as error:
+            return self._give_up(slot, one_line(error))
+
+    def _give_up(self, slot: _Slot, why: str) -> None:
+        """An actor that holds no unit."""
+        self.retries += 1
+        self._replace(slot)
+        self._notice(f"an actor was lost, another is started: {why}")
+
+    def _wait_until_one_is_ready(self, tick: Callable[[], None]) -> None:
+        while not self.ready:
+            tick()
+            done, _ = ray.wait([slot.loading for slot in self._slots], num_returns=1, timeout=TICK_S)
+            self._welcome(done)
+            self._say_if_none_is_ready()
 
     def stop(self) -> None:
         """End the actors; their devices are free when this returns."""

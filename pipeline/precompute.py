@@ -8,12 +8,12 @@ never signal.
                                                             └► failure ─► quarantine, the others go on
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from stillroom.pipeline.account import TeachingAccount
 from stillroom.pipeline.console import Console, Progress
-from stillroom.pipeline.fidelity import keep_fidelity
+from stillroom.pipeline.fidelity import keep_band, keep_fidelity
 from stillroom.pipeline.founding import found_store, require_room
 from stillroom.pipeline.ledger import Ledger
 from stillroom.pipeline.plan import Plan, make_plan
@@ -41,6 +41,9 @@ SCORED_TWICE = 4
 
 #: Units of which one is to tell whether rows depend on their batch, where the first ones cannot be scored.
 PROBED_UNITS = 3
+
+#: Units that are looked at for a batch of two: one without any costs its way to the actor.
+LOOKED_AT_UNITS = 32
 
 
 def teach_command(recipe: Recipe, *, console: Console) -> dict[str, Any]:
@@ -120,15 +123,14 @@ def _score(
     with session(recipe.ray, ranks=spec.ranks):
         pool = Pool(Actors(create, recipe.ray, ranks=spec.ranks), recipe.ray, console.notice)
         console.info(f"teach: starting {recipe.ray.actors} teacher actor{'s' * (recipe.ray.actors > 1)}")
-        pool.start()
-        try:
-            require_batch_free(pool, plan, manifest, console)
-        except BaseException:
-            pool.stop()
-            raise
         status = Status(recipe, plan, manifest, store, batch, pool, TeachingMetrics(recipe.name), console)
         state: State = "stopped"
         try:
+            pool.start(status.waiting)
+            band = require_batch_free(pool, plan, manifest, console, status.waiting)
+            if band and recipe.fidelity.positions == 0:
+                keep_band(store, band, console)
+            status.begin()
             with console.progress(plan.pending_tokens, "tokens", label="teach") as progress:
                 work = _payloads(plan, manifest, _truth_wanted(recipe, plan, store))
                 _drain(pool.run(work), batch, status, progress)
@@ -144,22 +146,42 @@ def _score(
                     pool.stop()
 
 
-def require_batch_free(pool: "Pool", plan: Plan, manifest: Manifest, console: Console) -> None:
-    """Before anything is spent: raises BatchDependent if the teacher's rows depend on their batch.
+def require_batch_free(
+    pool: "Pool", plan: Plan, manifest: Manifest, console: Console, tick: Callable[[], None] = lambda: None
+) -> dict[str, Any] | None:
+    """Before anything is spent: raises BatchDependent if the teacher's rows depend on their batch. Returns the noise
+    band that was measured, None where no unit could tell it, which is noticed.
 
-    A unit that cannot be scored tells nothing of that; it is named when its turn comes.
+    A unit that cannot be scored tells nothing of that; it is named when its turn comes. Nor does one of which every
+    batch is a single sequence. A unit that loses its actor is asked of another one once.
+
+    tick: called about once a second.
     """
-    for unit in plan.pending[:PROBED_UNITS]:
+    failures = 0
+    for unit in plan.pending[:LOOKED_AT_UNITS]:
         rows = manifest.rows([plan.rows[sequence] for sequence in unit.sequences])
-        try:
-            found = pool.ask("probe", [row.sequence for row in rows])
-        except BatchDependent:
-            raise
-        except TeacherError:
-            continue
+        found = None
+        for _ in range(2):
+            try:
+                found = pool.ask("probe", [row.sequence for row in rows], tick=tick)
+            except BatchDependent:
+                raise
+            except TeacherError:
+                break
+            if found is not None:
+                break
         if found and found["positions"]:
             console.info(f"teach: rows scored alone and in a batch differ by KL {found['kl_mean_nats']:.1g} nats")
-        return
+            band: dict[str, Any] = found["band"]
+            return band
+        failures += found is None
+        if failures == PROBED_UNITS:
+            break
+    console.notice(
+        "teach: it is not checked whether rows depend on their batch: "
+        + (f"{failures} units could not be scored" if failures else "no batch of the first units holds two sequences")
+    )
+    return None
 
 
 def _drain(events: "Iterator[Receipt | Failed | None]", batch: Batch, status: "Status", progress: Progress) -> None:

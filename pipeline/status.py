@@ -24,7 +24,7 @@ from stillroom.storage.store import Store, UnitStore
 
 class UnitStatus(ABC):
     """Of any run over units: the progress file, and the units that are given up. `begin` is told when the first actor
-    is ready."""
+    is ready, and the teacher probed."""
 
     def __init__(
         self, recipe: Recipe, plan: Plan, manifest: Manifest, store: UnitStore, batch: Batch, pool: Pool,
@@ -37,7 +37,7 @@ class UnitStatus(ABC):
         self._news = False
 
     def begin(self) -> None:
-        """An actor is ready: the clocks run from here."""
+        """Units are handed out now: the clocks run from here."""
         self._file.begin()
         self._batch.taught.actors = list(self._pool.said)
         self._batch.start()
@@ -85,7 +85,7 @@ class UnitStatus(ABC):
 
 
 class Status(UnitStatus):
-    """Of teaching. Made when the first actor is ready."""
+    """Of teaching. Made before the actors are started."""
 
     def __init__(
         self,
@@ -103,7 +103,10 @@ class Status(UnitStatus):
         self._halved = False
         self._console, self._batch_tokens = console, recipe.teacher.batch_tokens
         super().__init__(recipe, plan, manifest, store, batch, pool, console)
-        self.begin()
+
+    def begin(self) -> None:
+        self._room.begin()
+        super().begin()
 
     def scored(self, receipt: Receipt) -> None:
         self._metrics.scored(receipt.tokens, receipt.shard.size_bytes)
@@ -165,8 +168,12 @@ class _Room:
 
     def __init__(self, recipe: Recipe, plan: Plan, store: Store, console: Console) -> None:
         self._recipe, self._plan, self._store, self._console = recipe, plan, store, console
-        self._started = time.monotonic()
         self._said = False
+        self.begin()
+
+    def begin(self) -> None:
+        """The clock runs from here."""
+        self._started = time.monotonic()
 
     def check(self, taught: Taught) -> None:
         if self._said or taught.units < min(len(taught.actors), len(self._plan.pending)):

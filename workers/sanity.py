@@ -9,11 +9,11 @@ cache would be of no distribution at all.
 """
 
 from collections.abc import Sequence as Seq
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from stillroom.storage.errors import BatchDependent
-from stillroom.storage.fidelity.measure import noise
+from stillroom.storage.fidelity.measure import TEMPERATURES, NoiseBand, noise
 from stillroom.storage.records import Sequence, SignalSpec
 from stillroom.workers.teacher import Teacher
 
@@ -27,14 +27,17 @@ POSITIONS = 8
 
 @dataclass(frozen=True)
 class BatchDependence:
-    """positions: compared, 0 where no batch of the unit holds two sequences. KL at T = 1, in nats."""
+    """positions: compared, 0 where no batch of the unit holds two sequences. KL at T = 1, in nats. band: all that was
+    compared, None where nothing was."""
 
     positions: int
     kl_mean_nats: float = 0.0
     kl_worst_nats: float = 0.0
+    band: NoiseBand | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """JSON-able."""
+        return {**vars(self), "band": self.band.as_dict() if self.band else None}
 
 
 def require_batch_free(
@@ -59,8 +62,9 @@ def require_batch_free(
     for digest, sequence in probed.items():
         alone = teacher.score_with_truth([sequence], signal=signal, positions={digest: positions[digest]}).truth
         pairs.append((together[digest], alone[digest], [(digest, t) for t in positions[digest]]))
-    row = noise(pairs, vocabulary=teacher.vocabulary, temperatures=(1.0,)).rows[0]
-    found = BatchDependence(sum(map(len, positions.values())), row.kl_nats, row.kl_worst_nats)
+    band = noise(pairs, vocabulary=teacher.vocabulary, temperatures=TEMPERATURES)
+    row = band.rows[0]
+    found = BatchDependence(band.positions, row.kl_nats, row.kl_worst_nats, band)
     if not found.kl_mean_nats <= MOST_KL[dtype]:
         raise BatchDependent(
             f"the teacher depends on its batch: sequences {' and '.join(probed)} get other logits alone than among "

@@ -7,11 +7,19 @@ import numpy as np
 import pytest
 
 from stillroom.pipeline.console import Console
-from stillroom.pipeline.fidelity import keep_fidelity, measure_store, rebuilder, require_supported, require_taught
+from stillroom.pipeline.fidelity import (
+    keep_band,
+    keep_fidelity,
+    measure_store,
+    rebuilder,
+    require_supported,
+    require_taught,
+)
 from stillroom.pipeline.plan import Plan, make_plan
 from stillroom.pipeline.precompute import SCORED_TWICE, _truth_wanted
 from stillroom.pipeline.student.config import StudentConfig
 from stillroom.storage.calibration import save_calibration
+from stillroom.storage.catalog.inspect import inspect_store
 from stillroom.storage.catalog.stores import FIDELITY, kept_fidelity
 from stillroom.storage.errors import UnsupportedSignal
 from stillroom.storage.fidelity.measure import TEMPERATURES
@@ -87,6 +95,26 @@ class TestKept:
         (taught.folder / "store" / FIDELITY).write_bytes(changed)
         keep_fidelity(taught.recipe(), store, QUIET)
         assert store.files.read(FIDELITY) == whole
+
+    def test_a_store_without_a_sample_keeps_the_probes_band(self, tmp_path: Path) -> None:
+        setup = Setup.make(tmp_path, DOCUMENTS, fidelity={"positions": 0})
+        distil(setup)
+        store = open_store(str(tmp_path / "store"))
+        rows = [{"temperature": 1.0, "kl_nats": 1e-7, "kl_worst_nats": 1e-6, "gradient_angle_deg": 0.01}]
+        band = {"positions": 15, "max_logit_difference": 1e-4, "rows": rows}
+        keep_band(store, band, QUIET)
+        keep_band(store, band | {"positions": 16}, QUIET)
+        keep_fidelity(setup.recipe(), store, QUIET)
+        found = inspect_store(store.uri)
+        assert (found["fidelity"], found["noise_positions"], found["noise_band"]) == ([], 15, rows)
+
+    def test_a_sample_is_measured_whatever_the_probe_left(self, taught: Setup, store: Store) -> None:
+        keep_band(store, {"positions": 15, "max_logit_difference": 1e-4, "rows": []}, QUIET)
+        keep_fidelity(taught.recipe(), store, QUIET)
+        kept = kept_fidelity(store.files)
+        assert kept is not None
+        assert kept["rows"]
+        assert kept["noise"]["positions"] != 15
 
     def test_a_student_of_hard_labels_asks_for_no_temperature(self, taught: Setup, store: Store) -> None:
         keep_fidelity(taught.recipe("students.0.losses={alpha: 0, temperature: 3}"), store, QUIET)

@@ -1,6 +1,7 @@
 """The pool on a real Ray, with actors that fail as they are told: who is to blame, what goes on, what stops."""
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -54,6 +55,16 @@ class Scripted:
             raise ValueError("what is that?")
         receipt = named_receipt(1)
         return replace(receipt, shard=replace(receipt.shard, unit=unit.id))
+
+    def probe(self, name: str) -> str:
+        number = self._count(name)
+        if name == "hangs once" and number == 1:
+            threading.Event().wait()
+        if name.startswith("kills") or (name == "lost once" and number == 1):
+            os._exit(1)
+        if name == "nan":
+            raise BadLogits("NaN")
+        return f"asked {number} times"
 
     def _count(self, name: str) -> int:
         with (self._folder / name).open("ab") as file:
@@ -175,3 +186,17 @@ def test_actors_without_room_wait_and_the_others_begin(tmp_path: Path, said: lis
     assert score(made, *names) == (set(names), {})
     assert len(made.said) in (1, 2)
     assert counts(tmp_path)["starts"] == len(made.said)
+
+
+@pytest.mark.parametrize("name", ["lost once", "hangs once"])
+def test_who_is_asked_and_does_not_answer_is_replaced(tmp_path: Path, said: list[str], name: str) -> None:
+    made = pool(tmp_path, said, "", CONFIG.model_copy(update={"actors": 1}))
+    ticks: list[int] = []
+    assert made.ask("probe", name, tick=lambda: ticks.append(1), answer_s=1.5 if name == "hangs once" else 600) is None
+    assert sum(line.startswith("an actor was lost, another is started: ") for line in said) == 1
+    assert made.ask("probe", name, tick=lambda: ticks.append(1)) == "asked 2 times", "by one that had yet to load"
+    assert ticks
+    assert made.retries == 1
+    with pytest.raises(BadLogits, match="NaN"):
+        made.ask("probe", "nan")
+    assert score(made, "a", "b") == ({"a", "b"}, {})

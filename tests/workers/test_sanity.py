@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from stillroom.storage.errors import BatchDependent
+from stillroom.storage.fidelity.measure import TEMPERATURES
 from stillroom.storage.records import Sequence, SignalSpec, TopKSpec
 from stillroom.workers.sanity import POSITIONS, require_batch_free
 from stillroom.workers.teacher import TeacherSpec
@@ -36,6 +37,10 @@ def teacher_of(folder: Path, dtype: Any = "float32", batch_tokens: int = 256) ->
 def test_rounding_is_let_pass(folder: Path, sequences: list[Sequence], dtype: str) -> None:
     found = require_batch_free(teacher_of(folder, dtype), sequences, signal=SIGNAL, dtype=dtype)
     assert found.positions == 2 * POSITIONS
+    assert found.band is not None
+    assert found.as_dict()["band"] == found.band.as_dict()
+    assert [row.temperature for row in found.band.rows] == list(TEMPERATURES)
+    assert found.band.rows[0].kl_nats == found.kl_mean_nats
     assert found.kl_mean_nats <= found.kl_worst_nats
     assert found.kl_worst_nats < (1e-6 if dtype == "float32" else 1e-2)
 
