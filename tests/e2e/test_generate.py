@@ -201,10 +201,12 @@ def test_an_engine_that_is_killed(many: Setup, monkeypatch: pytest.MonkeyPatch, 
         assert victims
         for victim in victims:
             victim.kill()
-        said = result(finish(process))
+        printed = finish(process)
+        said = result(printed)
     except BaseException:
         kill_group(process)
         raise
+    assert "an actor died; unit" in printed  # noticed, and not asked on as if nothing were
     assert said["quarantined"] == []
     assert len(responses(open_generations(said["store"]))) == 48
 
