@@ -81,9 +81,16 @@ def _teaching(uri: str, run: str, done: str) -> dict[str, Any]:
         files = open_files(str(uri))
         if not files.exists(PROGRESS):
             return {"state": "not begun"}
-        held = json.loads(files.read(PROGRESS))
+        return _stated(json.loads(files.read(PROGRESS)), run, done)
+    except (KeyError, TypeError) as error:
+        told = f"{type(error).__name__} {error}; teaching writes it anew"
+        return {"state": "unknown", "waits_for": f"{uri}/{PROGRESS} is damaged: {told}"}
     except (StillroomError, ValueError) as error:
         return {"state": "unknown", "waits_for": f"{uri} cannot be read: {error}"}
+
+
+def _stated(held: dict[str, Any], run: str, done: str) -> dict[str, Any]:
+    """Of a progress file's contents. Raises KeyError, TypeError, ValueError for what is none."""
     units, actors = held["units"], held["actors"]
     age_s = (datetime.now(UTC) - datetime.fromisoformat(held["updated_at"])).total_seconds()
     state = {"done": "done", "stopped": "stopped"}.get(held["state"], "at work" if age_s < SILENCE_S else "stopped")

@@ -10,6 +10,7 @@ takes other positions for each row in recent releases only (not in 5.19). That t
 """
 
 import inspect
+import math
 from typing import Any
 
 import torch
@@ -135,7 +136,8 @@ def accepts_positions(model: Any) -> bool:
 
 @torch.no_grad()
 def check_selection(model: Any, *, device: torch.device) -> None:
-    """Compare `logits_at` with the model's own `.logits` on random ids. Raises StudentError if they differ."""
+    """Compare `logits_at` with the model's own `.logits` on random ids. Raises StudentError if they differ, or are no
+    numbers."""
     if model.get_output_embeddings() is None:
         raise StudentError(f"{type(model).__name__} names no output head (get_output_embeddings() is None)")
     batch = _probe(model).to(device)
@@ -145,6 +147,11 @@ def check_selection(model: Any, *, device: torch.device) -> None:
     expected_MV = model(**model_inputs(batch)).logits[batch.keep].float()
     model.train(was_training)
     largest = float(expected_MV.abs().max())
+    if not math.isfinite(largest):
+        raise StudentError(
+            f"{type(model).__name__}: the student gives NaN or infinite logits before its first step: its weights are "
+            "damaged; name others in model.from"
+        )
     if selected_MV.shape != expected_MV.shape or not torch.allclose(
         selected_MV, expected_MV, rtol=0.0, atol=NOISE * largest
     ):

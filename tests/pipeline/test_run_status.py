@@ -107,6 +107,19 @@ def test_teachers_that_ended_and_teachers_that_fell_silent(tmp_path: Path) -> No
     assert part(run, "teach")["state"] == "unknown"
 
 
+@pytest.mark.parametrize(
+    "damaged", ["{}", "[]", '{"state": "done"}', '{"units": 3, "actors": {}, "updated_at": 7}', "{", "\x00"]
+)
+def test_a_damaged_progress_file_is_named_and_hides_nothing_else(tmp_path: Path, damaged: str) -> None:
+    run = make(tmp_path / "run")
+    teaching(run)
+    (run / "store" / PROGRESS).write_text(damaged)
+    found = part(run, "teach")
+    assert found["state"] == "unknown"
+    assert str(run / "store") in found["waits_for"]
+    assert part(run, "train s")["state"] == "not begun"
+
+
 def test_a_student_at_work(tmp_path: Path) -> None:
     run = make(tmp_path / "run")
     log(run, {"kind": "evaluation", "step": 0, "kl": 3.5}, step(1), step(2, wait=0.5))

@@ -75,6 +75,15 @@ def test_a_head_that_mixes_positions_is_refused(tmp_path: Path) -> None:
         check_selection(model, device=CPU)
 
 
+def test_weights_that_are_no_numbers_are_told_at_once(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path, vocabulary=96)
+    with torch.no_grad():
+        next(model.parameters())[0, 0] = torch.nan
+        model.model.norm.weight[3] = torch.inf
+    with pytest.raises(StudentError, match="NaN or infinite logits before its first step"):
+        check_selection(model, device=CPU)
+
+
 HEADS: dict[str, dict[str, Any]] = {
     "llama": {}, "qwen3": {}, "gpt2": {}, "gemma3_text": {"final_logit_softcapping": 3.0},
     "cohere": {"logit_scale": 0.25}, "granite": {"logits_scaling": 4.0},
