@@ -79,7 +79,7 @@ def read_shares(path: Path, vocabulary: int) -> Float32:
         raise _corrupt(path, str(error)) from error
     if not (np.isfinite(shares).all() and (shares >= 0).all() and abs(float(shares.sum(dtype=np.float64)) - 1) < 1e-3):
         raise _corrupt(path, "holds no shares: they are at least 0 and sum to 1")
-    return np.asarray(shares, np.float32)
+    return np.array(shares, np.float32)  # a copy: the column's own memory is not to be written, which torch warns of
 
 
 def _corrupt(path: Path, what: str) -> CorruptShard:

@@ -62,6 +62,7 @@ def test_a_file_is_read_as_it_was_written_or_told_to_be_damaged(tmp_path: Path) 
     assert shares is not None
     write_shares(path, shares)
     assert read_shares(path, V).tobytes() == shares.tobytes()
+    assert read_shares(path, V).flags.writeable
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     with pytest.raises(CorruptShard, match="40 rows, expected 41"):
         read_shares(path, V + 1)
