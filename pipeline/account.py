@@ -4,6 +4,7 @@ Enters: receipts as they are committed; a trained student. Leaves: one small fil
 each student. Costs: one small write at each commit, and one when a student is done.
 """
 
+import json
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -65,21 +66,24 @@ def enter_use(store: str, run: str, job: StudentJob, console: Console) -> bool:
     """Enter a trained student in the account of the store that taught it; whether there was something to enter.
 
     store: its URI. run: the recipe's name. Called again, also after the run's folder was moved, it does nothing: the
-    key is the digest of the result's bytes. A student of hard labels used no teacher. A store that cannot be written,
-    such as one for which there are only a reader's keys, costs a notice and not the student.
+    key is the digest of what the result says of the training. A student of hard labels used no teacher. A store that
+    cannot be written, such as one for which there are only a reader's keys, costs a notice and not the student.
     """
     if job.snapshot is None or not job.student.taught:
         return False
     path = job.run_dir / RESULT
-    key = digest128(b"stillroom.use.1", path.read_bytes())
     try:
+        result = read_result(path)
+        # Exported again in another type it is the same training; without that field these are the bytes as written.
+        training = {name: value for name, value in result.items() if name != "export_dtype"}
+        key = digest128(b"stillroom.use.1", (json.dumps(training, indent=2) + "\n").encode())
         files = open_files(store)
         if not files.exists(IDENTITY) or has_use(files, key):
             return False
         snapshot = Snapshot.read(job.snapshot)
         if Identity.from_json(files.read(IDENTITY).decode()).id != snapshot.identity.id:
             return False  # another store lies there by now
-        return record_use(files, key, _use(run, job, snapshot, read_result(path), utc_of(path.stat().st_mtime)))
+        return record_use(files, key, _use(run, job, snapshot, result, utc_of(path.stat().st_mtime)))
     except StillroomError as error:
         console.notice(f"student {job.student.name} is trained, but the store's account does not have it: {error}")
         return False

@@ -48,6 +48,7 @@ def pinned(recipe: Recipe, student: StudentConfig, manifest: Manifest, folder: P
             raise _lacking(files.uri, follower.missing, manifest)
         if unchecked and store:
             require_supported(recipe, student, store)
+        if store:
             _keep_shares(student, store, path)
         if follower is not None:
             follower.complete()

@@ -143,6 +143,7 @@ class Pool:
         """An actor that holds no unit."""
         self.retries += 1
         self._replace(slot)
+        self._patience_ends = time.monotonic() + PATIENCE_S
         self._notice(f"an actor was lost, another is started: {why}")
 
     def _wait_until_one_is_ready(self, tick: Callable[[], None]) -> None:

@@ -167,6 +167,8 @@ def require_batch_free(
             except BatchDependent:
                 raise
             except TeacherError:
+                if not pool.ready:  # it is not the unit: no actor can be started
+                    raise
                 break
             if found is not None:
                 break

@@ -6,11 +6,10 @@ nothing; importing this module loads no framework. `require_settings` asks vLLM 
 
 import importlib.util
 import json
-import pickle
 import subprocess
 import sys
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -60,6 +59,16 @@ class GeneratorSpec:
     trust_remote_code: bool = False
     """Whether code that lies in the model's folder may run."""
 
+    def to_json(self) -> str:
+        return json.dumps(asdict(self) | {"folder": str(self.folder), "decoding": self.decoding.as_dict()})
+
+    @staticmethod
+    def from_json(text: str) -> "GeneratorSpec":
+        """What `to_json` made."""
+        fields = json.loads(text)
+        decoding = Decoding.from_dict(fields["decoding"])
+        return GeneratorSpec(**fields | {"folder": Path(fields["folder"]), "decoding": decoding})
+
 
 class EngineDead(Exception):
     """The engine ended, or can do no more work in this process: the process is to be replaced."""
@@ -101,7 +110,7 @@ def require_settings(spec: GeneratorSpec) -> None:
     """
     require_vllm()
     asked = subprocess.run(
-        [sys.executable, "-m", "stillroom.workers.vllm_generator"], input=pickle.dumps(spec), capture_output=True,
+        [sys.executable, "-m", "stillroom.workers.vllm_generator"], input=spec.to_json().encode(), capture_output=True,
         check=False,
     )  # fmt: skip
     try:

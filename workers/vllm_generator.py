@@ -13,7 +13,6 @@ a response would depend on how many others were asked for. Prefix caching makes 
 import gc
 import json
 import os
-import pickle
 import sys
 import threading
 import time
@@ -300,9 +299,9 @@ def _score(response: Generation, length_penalty: float) -> float:
 
 
 def main() -> None:
-    """Reads a pickled `GeneratorSpec`, writes a JSON object as the last line: `refused`, or `error`."""
+    """Reads a `GeneratorSpec` as JSON, writes a JSON object as the last line: `refused`, or `error`."""
     try:
-        answer = {"refused": refusal(pickle.load(sys.stdin.buffer))}
+        answer = {"refused": refusal(GeneratorSpec.from_json(sys.stdin.read()))}
     except TeacherError as error:
         answer = {"error": str(error)}
     print(json.dumps(answer))

@@ -190,7 +190,7 @@ class _Stage:
         if why:
             return self._part("train", "stale", why, student=student.name, where=folder)
         if not (folder / RESULT).exists() or not (folder / EXPORT).is_dir():
-            steps = sorted(entry.name for entry in (folder / "checkpoints").glob("step-*"))
+            steps = sorted(entry.name for entry in (folder / "checkpoints").glob("step-" + 8 * "[0-9]"))
             begun = f"begun, it goes on after step {int(steps[-1].removeprefix('step-'))}" if steps else ""
             return self._part("train", "runs", begun or "not trained yet", student=student.name)
         otherwise = exported_otherwise(folder, read_result(folder / RESULT), student)

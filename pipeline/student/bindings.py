@@ -99,7 +99,7 @@ def held_in(folder: Path) -> tuple[Path, Bindings] | None:
     checkpoint that can be read. None: nothing is begun. Raises StudentError for a result that is none."""
     if (folder / RESULT).exists():
         return folder / RESULT, read_result(folder / RESULT)["bindings"]
-    for path in sorted((folder / "checkpoints").glob("step-*/state.json"), reverse=True):
+    for path in sorted((folder / "checkpoints").glob(f"step-{8 * '[0-9]'}/state.json"), reverse=True):
         with suppress(OSError, ValueError, KeyError, TypeError):  # damaged: a run passes over it as well
             bindings: Bindings = json.loads(path.read_text())["bindings"]
             bindings["config"], bindings["manifest"], bindings["snapshot"]

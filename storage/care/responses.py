@@ -21,6 +21,7 @@ from stillroom.storage.care.audit import (
     Action,
     Findings,
     Problem,
+    account_problems,
     audit_plans,
     digest_problems,
     entry_problem,
@@ -65,6 +66,7 @@ def examine_generations(store: GenerationStore, progress: ProgressCall | None = 
     found = ResponseFindings(store, audit_plans(files, "planned anew by `stillroom generate`"), store.committed())
     found.problems += found.plans.problems
     found.problems += digest_problems(files)
+    found.problems += account_problems(files)
     found.problems += log_problems(files, SCHEMA.names, WRITES_AGAIN)
     records = CommitLog.open(store.uri).records()
     for number, (_, ref) in enumerate(sorted(found.refs.items()), start=1):

@@ -224,9 +224,10 @@ class World:
             expected_tokenizer=identity.tokenizer, vocabulary=identity.vocabulary,
         )  # fmt: skip
         kind = {"stored": Trainer, "live": LiveTrainer, "renormalised": Renormalised}[row.way]
+        pinned = self._pinned() if row.signal == "topk+truth" else None
         trainer = kind(
             model, config, vocabulary=identity.vocabulary, total_steps=config.steps or 0, device=cpu,
-            teaching=Teaching.of(row.signal, self.snapshot, cpu, pinned=self._pinned()),
+            teaching=Teaching.of(row.signal, self.snapshot, cpu, pinned=pinned),
             features=Features.of(config, identity.signal, model, cpu),
         )  # fmt: skip
         if isinstance(trainer, LiveTrainer):

@@ -97,6 +97,9 @@ def test_a_student_that_is_begun(tmp_path: Path) -> None:
         Sources(setup.recipe(), QUIET).manifest()  # as it was
     (folder / "checkpoints" / "step-00000002" / "state.json").write_text("{")
     assert train_part(setup, "students.0.lr=0.5").state == "stale", "the one before it says so too"
+    newest = folder / "checkpoints" / "step-00000002"
+    newest.rename(newest.with_suffix(".damaged"))  # as a run does that could not read it
+    assert train_part(setup).why.startswith("begun, it goes on after step ")
     put_aside([train_part(setup, "students.0.lr=0.5")], QUIET)
     assert train_part(setup, "students.0.lr=0.5").why == "not trained yet"
 

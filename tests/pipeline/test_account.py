@@ -73,6 +73,9 @@ def test_a_student_is_entered_once(store: Store, job: StudentJob, tmp_path: Path
     assert (use.student, use.run, use.signal, use.temperature, use.steps) == ("small", "demo", "topk", 4.0, 7)
     assert (use.sequences, use.trained_positions) == (6, 40)
     assert use.epochs == pytest.approx(1.5, abs=0.02)
+    result = json.loads((moved / RESULT).read_text())
+    (moved / RESULT).write_text(json.dumps(result | {"export_dtype": "bfloat16"}, indent=2) + "\n")
+    assert not enter_use(store.uri, "demo", there, console)  # exported again
     (moved / RESULT).write_text((moved / RESULT).read_text().replace("1.5", "1.6"))
     assert enter_use(store.uri, "demo", there, console)  # trained anew: another use
     assert len(load_uses(store.files)) == 2

@@ -8,7 +8,7 @@ import pytest
 
 from stillroom.pipeline.console import Console
 from stillroom.pipeline.precompute import LOOKED_AT_UNITS, PROBED_UNITS, require_batch_free
-from stillroom.storage.errors import BadLogits, BatchDependent, StillroomError
+from stillroom.storage.errors import BadLogits, BatchDependent, StillroomError, TeacherError
 
 BAND = {"positions": 16, "max_logit_difference": 1e-5, "rows": []}
 MEASURED = {"positions": 16, "kl_mean_nats": 1e-7, "kl_worst_nats": 1e-6, "band": BAND}
@@ -17,6 +17,8 @@ NOTHING = {"positions": 0, "kl_mean_nats": 0.0, "kl_worst_nats": 0.0, "band": No
 
 class Asked:
     """Stands for the pool, whose actors are tested in tests/workers/test_actor.py."""
+
+    ready = 1
 
     def __init__(self, *answers: Any) -> None:
         self.answers, self.asked = list(answers), list[Any]()
@@ -39,6 +41,13 @@ def probe(pool: Asked, units: int = 40) -> Any:
     found = require_batch_free(pool, plan, manifest, Console(quiet=True), lambda: ticks.append(1))  # type: ignore[arg-type]
     assert len(ticks) == len(pool.asked)
     return found
+
+
+def test_where_no_actor_can_be_started_it_is_said_at_once() -> None:
+    pool = Asked(TeacherError("4 actors in a row died before they had the teacher loaded"))
+    pool.ready = 0
+    with pytest.raises(TeacherError, match="died before"):
+        probe(pool)
 
 
 def test_the_first_unit_is_enough() -> None:

@@ -14,6 +14,7 @@ import pytest
 from stillroom.storage.care.gc import collect_garbage
 from stillroom.storage.care.repair import repair_store
 from stillroom.storage.care.verify import verify_store
+from stillroom.storage.catalog.uses import TAUGHT, TaughtRun, record_taught
 from stillroom.storage.errors import NoStore
 from stillroom.storage.files import GENERATIONS_MARK as MARK
 from stillroom.storage.generations import shard as shard_module
@@ -161,6 +162,15 @@ class TestRepair:
         (problem,) = verify_store(store.uri)["problems"]
         assert problem["file"] == MARK
         assert "`stillroom generate` on the recipe writes it anew" in problem["remedy"]
+
+    def test_a_damaged_account_is_named(self, store: GenerationStore) -> None:
+        run = TaughtRun("r", "2026-01-01T00:00:00+00:00", 1, 3, 15, 2.0, 3.0, 1, "cpu")
+        record_taught(store.files, f"{1:032x}", run)
+        assert verify_store(store.uri)["problems"] == []
+        (path,) = Path(store.uri, TAUGHT).iterdir()
+        flip(path)
+        (problem,) = verify_store(store.uri)["problems"]
+        assert path.name in str(problem)
 
     def test_a_damaged_entry_of_the_log_is_named(self, store: GenerationStore) -> None:
         name = edit_entry(store, 1, lambda text: text.replace('{"add"', '{"aed"', 1))
