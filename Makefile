@@ -86,10 +86,10 @@ test-fast: $(VENV)/.dev
 test-real: $(VENV)/.dev
 	$(PYTEST) -m "not slow and real" -n 2 --dist loadfile --no-loadscope-reorder
 
-# What compares speeds runs alone; the rest, as above.
+# What takes 14 GiB runs alone; the rest, as above.
 test-slow: $(VENV)/.dev
-	$(PYTEST) -m slow tests/bench
-	$(PYTEST) -m slow --ignore tests/bench -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m slow tests/bench/test_loss_memory.py
+	$(PYTEST) -m slow --ignore tests/bench/test_loss_memory.py -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check $(SOURCES)
