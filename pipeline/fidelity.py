@@ -179,6 +179,14 @@ def tail_shares_of(store: Store) -> Float32:
     return found
 
 
+def sample_digest(store: Store) -> str:
+    """Of the positions of the store's fidelity sample, which grows with it until it is full: 32 hex digits."""
+    refs = store.committed()
+    units = [unit for unit in store.planned() if unit.id in refs]
+    positions = read_positions(store.files, units, store.identity)
+    return digest128(repr(sorted(positions.items())).encode())
+
+
 def measure_store(store: Store, temperatures: Seq[float]) -> tuple[Fidelity, NoiseBand | None]:
     """Fidelity of every part at each temperature, and the teacher's noise band where positions were scored twice.
 

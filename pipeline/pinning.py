@@ -12,7 +12,7 @@ import json
 from collections.abc import Collection
 from pathlib import Path
 
-from stillroom.pipeline.fidelity import require_described, require_supported, tail_shares_of
+from stillroom.pipeline.fidelity import require_described, require_supported, sample_digest, tail_shares_of
 from stillroom.pipeline.recipe.schema import Recipe
 from stillroom.pipeline.student.bindings import RESULT
 from stillroom.pipeline.student.config import StudentConfig
@@ -26,6 +26,7 @@ from stillroom.storage.snapshot import Snapshot
 from stillroom.storage.store import IDENTITY, Store, open_store
 
 SNAPSHOT, NOTE = "snapshot.parquet", "pinned.json"
+SAMPLE = "fidelity_sample"  # of the note
 
 
 def pinned(recipe: Recipe, student: StudentConfig, manifest: Manifest, folder: Path) -> Path | None:
@@ -42,18 +43,18 @@ def pinned(recipe: Recipe, student: StudentConfig, manifest: Manifest, folder: P
     store = open_store(recipe.store.path) if files.exists(IDENTITY) else None
     if unchecked and store:
         require_described(recipe, store)
-    if held == stated | {"signal": True} and path.exists():
+    if _says(held, stated, signal=True) and path.exists():
         follower = Follower(store, path) if store and Snapshot.read(path).open else None
         if follower is not None and follower.look():
             raise _lacking(files.uri, follower.missing, manifest)
         if unchecked and store:
             require_supported(recipe, student, store)
         if store:
-            _keep_shares(student, store, path)
+            _keep_shares(student, store, path, held)
         if follower is not None:
             follower.complete()
         return path
-    if not student.taught and (held == stated | {"signal": False} or not files.exists(IDENTITY)):
+    if not student.taught and (_says(held, stated, signal=False) or not files.exists(IDENTITY)):
         LocalFiles(folder).write(NOTE, json.dumps(stated | {"signal": False}).encode())
         return None
     store = store or open_store(recipe.store.path)
@@ -67,7 +68,7 @@ def pinned(recipe: Recipe, student: StudentConfig, manifest: Manifest, folder: P
         )
     if unchecked:
         require_supported(recipe, student, store)  # a student that is refused must not hold on to shards
-        _keep_shares(student, store, path, anew=True)
+        stated |= _keep_shares(student, store, path)
     _write(store, snapshot, folder, stated)
     return path
 
@@ -86,11 +87,11 @@ def pin_open(
     stated = {"manifest": manifest.digest, "store": store.files.uri}
     held = _note(folder)
     require_described(recipe, store)
-    if held == stated | {"signal": True} and path.exists():
+    if _says(held, stated, signal=True) and path.exists():
         if Snapshot.read(path).open:
             Follower(store, path)  # raises where its units will never come
         return path
-    if not student.taught and held == stated | {"signal": False}:
+    if not student.taught and _says(held, stated, signal=False):
         return None
     snapshot = store.snapshot(_digests(manifest), pending=pending)
     arrivals_path(path).unlink(missing_ok=True)
@@ -102,9 +103,9 @@ def to_be_pinned(student: StudentConfig, manifest: Manifest, folder: Path, store
     """What `pinned` gives where the store holds all of the corpus. Writes nothing."""
     stated = {"manifest": manifest.digest, "store": store.files.uri}
     held, path = _note(folder), folder / SNAPSHOT
-    if held == stated | {"signal": True} and path.exists():
+    if _says(held, stated, signal=True) and path.exists():
         return Snapshot.read(path)
-    if not student.taught and held == stated | {"signal": False}:
+    if not student.taught and _says(held, stated, signal=False):
         return None
     found: Snapshot = store.snapshot(_digests(manifest))
     return found
@@ -154,13 +155,32 @@ def _write(store: Store, snapshot: Snapshot, folder: Path, stated: dict[str, str
     LocalFiles(folder).write(NOTE, json.dumps(stated | {"signal": True}).encode())
 
 
-def _keep_shares(student: StudentConfig, store: Store, snapshot: Path, *, anew: bool = False) -> None:
-    """The tail's shares beside the snapshot, where the student reads them. They stay as they were when it began: a
-    store that grows has another sample. Raises UnsupportedSignal if the store has none."""
+def _keep_shares(
+    student: StudentConfig, store: Store, snapshot: Path, held: dict[str, object] | None = None
+) -> dict[str, str]:
+    """The tail's shares beside the snapshot, where the student reads them; what the note says of them.
+
+    held: the note of a student that has begun. It goes on with the shares it began with: a store that grew has another
+    sample, of which a lost file cannot be made again. Raises UnsupportedSignal if the store has none, StoreError for
+    another sample.
+    """
     path = shares_path(snapshot)
-    if student.distils and student.losses.signal == "topk+truth" and (anew or not path.exists()):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_shares(path, tail_shares_of(store))
+    if not (student.distils and student.losses.signal == "topk+truth") or (held is not None and path.exists()):
+        return {}
+    sample = sample_digest(store)
+    if held is not None and held.get(SAMPLE, sample) != sample:
+        raise StoreError(
+            f"{path} is gone, and store {store.uri} has another fidelity sample than when this student began: put the "
+            f"file back, or remove {snapshot.parent} to train it anew"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_shares(path, tail_shares_of(store))
+    return {SAMPLE: sample}
+
+
+def _says(held: dict[str, object] | None, stated: dict[str, str], *, signal: bool) -> bool:
+    """Whether a student that began with this corpus and store left that note."""
+    return held is not None and stated.items() | {("signal", signal)} <= held.items()
 
 
 def _note(folder: Path) -> dict[str, object] | None:

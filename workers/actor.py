@@ -4,17 +4,21 @@ Enters: a `TeacherSpec`, the identity of the store and its URI; then units with 
 store's folder, and receipts; no signal travels through Ray. Costs: a teacher's memory per actor, and the signals of two
 units; it writes, and commits nothing: that is the driver's.
 
-The teacher does not wait for the store: two calls run at once, of which one scores, and one encodes and writes.
+The teacher does not wait for the store: two calls run at once, of which one scores, and one encodes and writes. All
+that the teacher computes runs in one thread of its own. OpenMP gives each thread that computes a team of workers, and
+of two teams on as many cores as one has, even where the other is idle, the workers sleep between operations instead of
+waiting for them: extraction took 460 µs a row instead of 180 (2 cores, V = 49,152).
 """
 
 import os
 import socket
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
-from typing import Any, NoReturn
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import ray
@@ -28,7 +32,7 @@ from stillroom.storage.files import open_files
 from stillroom.storage.generations.records import GenerationIdentity
 from stillroom.storage.generations.shard import write_generations
 from stillroom.storage.identity import Identity
-from stillroom.storage.records import Float32, Receipt, Sequence, SignalSpec, Unit
+from stillroom.storage.records import Float32, Receipt, Sequence, Signal, SignalSpec, Unit
 from stillroom.storage.shard import write_shard
 from stillroom.workers.generator import EngineDead, Generator, GeneratorSpec
 from stillroom.workers.head import calibrate, save_head, steps_of
@@ -42,6 +46,19 @@ NO_TRUTH = TruthRequest()
 #: Calls that an actor runs at once: one that scores, one that writes.
 CALLS_AT_ONCE = 2
 
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """A unit's signal on its way to the store. started: when its scoring began, of `time.perf_counter`."""
+
+    signals: list[Signal]
+    truth: Truth | None
+    provenance: dict[str, Any]
+    planned: int
+    started: float
+
 
 class TeacherActor:
     """Scores units one at a time. A plain class: `remote_actor` makes it an actor.
@@ -53,7 +70,7 @@ class TeacherActor:
     def __init__(self, spec: TeacherSpec, identity: Identity, store: str) -> None:
         self._spec, self._identity, self._store = spec, identity, store
         self._loaded: Teacher | None = None
-        self._scoring = threading.RLock()  # the teacher is for one call at a time
+        self._thread = ThreadPoolExecutor(1, "teacher")  # so it is for one call at a time, too
 
     def ready(self) -> dict[str, Any]:
         """Load the teacher; returns what shifts its rows within the noise band.
@@ -61,8 +78,11 @@ class TeacherActor:
         Raises TeacherError if it cannot be loaded, IdentityMismatch if it is not the one of the store: another node's
         folder may hold other weights under the same name.
         """
-        with self._scoring:
-            return self._teacher().provenance([])
+        return self._in_its_thread(lambda: self._teacher().provenance([]))
+
+    def _in_its_thread(self, work: Callable[[], Result]) -> Result:
+        """Raises what it raises."""
+        return self._thread.submit(work).result()
 
     def _teacher(self) -> Teacher:
         if self._loaded is None:
@@ -84,10 +104,13 @@ class TeacherActor:
     def probe(self, sequences: Seq[Sequence]) -> dict[str, Any]:
         """How far the teacher's rows depend on their batch, on one of this unit. Raises BatchDependent beyond
         rounding, BadLogits, what `ready` raises."""
-        with self._scoring:
+
+        def probe() -> dict[str, Any]:
             teacher = self._teacher()
             found = require_batch_free(teacher, sequences, signal=self._identity.signal, dtype=self._spec.dtype)
             return found.as_dict()
+
+        return self._in_its_thread(probe)
 
     def found(self, sequences: Seq[Sequence]) -> str:
         """Write what the hidden part of a new store needs beside the shards: the teacher's output head, and
@@ -97,8 +120,7 @@ class TeacherActor:
         Raises TeacherError if this architecture's head cannot be stored, StoreFull, StoreError, also for the head of
         another teacher.
         """
-        with self._scoring:
-            return self._found(sequences)
+        return self._in_its_thread(lambda: self._found(sequences))
 
     def _found(self, sequences: Seq[Sequence]) -> str:
         teacher = self._teacher()
@@ -123,29 +145,31 @@ class TeacherActor:
         sequences: the unit's, in its order. truth: positions whose logits are kept in full beside the
         shard. Raises what `ready` raises, BadLogits naming the unit and its sequences, StoreFull, StoreError.
         """
-        with self._scoring:
-            teacher = self._teacher()
-            started = time.perf_counter()
-            try:
-                scored = teacher.score_with_truth(sequences, signal=self._identity.signal, positions=truth.positions)
-                full = self._truth(teacher, sequences, truth, scored.truth) if truth.positions else None
-            except BadLogits as error:
-                raise BadLogits(f"unit {unit.id}: {error}") from error
-            provenance = teacher.provenance(sequences)
-            batches, planned = len(provenance["batch_shapes"]), len(teacher.batches(sequences))
+        scored = self._in_its_thread(lambda: self._score(unit, sequences, truth))
         files = open_files(self._store)
-        if full is not None:
-            write_truth(files, unit, full, self._identity)  # before the shard: it counts when the unit does
-        shard = write_shard(files, self._identity, unit, sequences, scored.signals, provenance)
+        if scored.truth is not None:
+            write_truth(files, unit, scored.truth, self._identity)  # before the shard: it counts when the unit does
+        shard = write_shard(files, self._identity, unit, sequences, scored.signals, scored.provenance)
+        batches = len(scored.provenance["batch_shapes"])
         return Receipt(
             shard=shard,
             sequences=len(sequences),
             tokens=sum(unit.tokens),
             rows=sum(unit.rows),
             batches=batches,
-            seconds=time.perf_counter() - started,
-            halved=batches - planned,
+            seconds=time.perf_counter() - scored.started,
+            halved=batches - scored.planned,
         )
+
+    def _score(self, unit: Unit, sequences: Seq[Sequence], truth: TruthRequest) -> _Scored:
+        teacher = self._teacher()
+        started = time.perf_counter()
+        try:
+            scored = teacher.score_with_truth(sequences, signal=self._identity.signal, positions=truth.positions)
+            full = self._truth(teacher, sequences, truth, scored.truth) if truth.positions else None
+        except BadLogits as error:
+            raise BadLogits(f"unit {unit.id}: {error}") from error
+        return _Scored(scored.signals, full, teacher.provenance(sequences), len(teacher.batches(sequences)), started)
 
     def _truth(
         self, teacher: Teacher, sequences: Seq[Sequence], request: TruthRequest, full: Mapping[str, Float32]
@@ -166,10 +190,12 @@ class TeacherActor:
 
     def release(self) -> None:
         """Free the device. The driver then ends the process with `ray.kill`; another call would load anew."""
-        with self._scoring:
-            if self._loaded is not None:
-                self._loaded.release()
-                self._loaded = None
+        self._in_its_thread(self._release)
+
+    def _release(self) -> None:
+        if self._loaded is not None:
+            self._loaded.release()
+            self._loaded = None
 
 
 def remote_actor(**options: Any) -> Any:

@@ -145,10 +145,11 @@ def _tail_lse_(z_CV: Tensor, spare_CV: Tensor, ids_CK: Tensor, border_C: Tensor)
     """
     # Subtract first and scale then: at |z| = 1e4 the other way round costs 1e-3 nats. exp2 would take half the time
     # of exp, but torch's is not bit-equal across thread counts (its scalar remainder differs from its vector code).
+    # All ten sums as dot products of five powers took 1.3 times as long, as their Gram matrix 1.1 times.
     e_CV = z_CV.sub_(border_C[:, None]).mul_(BETAS[0]).scatter_(1, ids_CK, -torch.inf).exp_()
-    sums = [e_CV.sum(-1)]
-    power_CV = spare_CV.copy_(e_CV)
-    for _ in BETAS[1:]:
+    power_CV = torch.mul(e_CV, e_CV, out=spare_CV)
+    sums = [e_CV.sum(-1), power_CV.sum(-1)]
+    for _ in BETAS[2:]:
         sums.append(power_CV.mul_(e_CV).sum(-1))
     betas_G = to_device(torch.tensor(BETAS, dtype=torch.float64), z_CV.device)
     tail_CG = border_C.double()[:, None] * betas_G + torch.stack(sums, -1).double().log()

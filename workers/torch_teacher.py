@@ -66,6 +66,7 @@ class TorchTeacher:
         """The passes of units whose planned ones did not fit in memory, by the digests of their sequences."""
         self._model: SlicedModel | None = SlicedModel(model, device=self.device, vocabulary=self._vocabulary)
         if spec.compile:
+            torch.compiler.reset()  # models of one class share a limit of 8 graphs, past which they silently stay eager
             self._model.body.compile(dynamic=True)
         self._layers = int(config.num_hidden_layers)
         self._hooks: dict[bool, Hooks] = {}

@@ -33,6 +33,7 @@ def compile_body(model: Any, batch: Batch, *, packing: bool) -> str:
     try:
         with torch.no_grad():
             plain_MD = hidden_at(model, batch).float()
+            torch.compiler.reset()  # models of one class share a limit of 8 graphs: past it they silently stay eager
             body.compile(backend=BACKEND, dynamic=not packing)
             found_MD = hidden_at(model, batch).float()
     except Exception as error:  # whatever a compiler and a model make of each other

@@ -15,7 +15,7 @@ from stillroom.pipeline.fidelity import keep_fidelity
 from stillroom.pipeline.pinning import _keep_shares
 from stillroom.pipeline.train import train
 from stillroom.storage.calibration import find_head
-from stillroom.storage.errors import UnsupportedSignal
+from stillroom.storage.errors import StoreError, UnsupportedSignal
 from stillroom.storage.fidelity.shares import shares_path
 from stillroom.storage.fidelity.truth import read_positions, read_truth
 from stillroom.storage.store import Store, open_store
@@ -161,8 +161,17 @@ def test_a_student_of_the_tails_shares_keeps_those_it_began_with(whole: Setup) -
     assert path.read_bytes() == before
     recipe, store = whole.recipe(), store_of(whole)
     again = whole.folder / "again" / "snapshot.parquet"
-    _keep_shares(next(s for s in recipe.students if s.name == "truth"), store, again)
+    student = next(s for s in recipe.students if s.name == "truth")
+    _keep_shares(student, store, again)
     assert shares_path(again).read_bytes() == before
+    shares_path(again).unlink()
+    note = json.loads(path.with_name("pinned.json").read_text())
+    _keep_shares(student, store, again, note)
+    assert shares_path(again).read_bytes() == before
+    shares_path(again).unlink()
+    with pytest.raises(StoreError, match=r"has another fidelity sample than when this student began: put the file ba"):
+        _keep_shares(student, store, again, note | {"fidelity_sample": "00000000000000000000000000000000"})
+    assert not shares_path(again).exists()
 
 
 def truth_files(setup: Setup) -> list[str]:

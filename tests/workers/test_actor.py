@@ -111,6 +111,36 @@ def test_a_unit_is_scored_while_another_is_written(
         assert two.result().shard == expected[second]
 
 
+def test_whatever_asks_the_teacher_computes_in_one_thread(
+    spec: TeacherSpec, identity: Identity, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second thread that computes, even once, has OpenMP's workers sleep between operations from then on."""
+    threads = []
+
+    class Watched(TorchTeacher):
+        def __init__(self, spec: TeacherSpec) -> None:
+            threads.append(threading.get_ident())
+            super().__init__(spec)
+
+        def score_with_truth(self, *arguments: Any, **named: Any) -> Any:
+            threads.append(threading.get_ident())
+            return super().score_with_truth(*arguments, **named)
+
+        def release(self) -> None:
+            threads.append(threading.get_ident())
+            super().release()
+
+    monkeypatch.setattr("stillroom.workers.actor.TorchTeacher", Watched)
+    actor = TeacherActor(spec, identity, str(tmp_path / "store"))
+    units = [work(identity.vocabulary, seed) for seed in range(4)]
+    with ThreadPoolExecutor(2) as callers:
+        list(callers.map(lambda unit: actor.score_unit(*unit), units))
+    actor.probe(units[0][1])
+    actor.release()
+    assert len(threads) > len(units) + 2
+    assert len(set(threads)) == 1
+
+
 def test_the_probe_compares_a_batch_with_its_sequences_alone(spec: TeacherSpec, identity: Identity) -> None:
     _, sequences = work(identity.vocabulary, 0)
     found = TeacherActor(spec, identity, "unused").probe(sequences)

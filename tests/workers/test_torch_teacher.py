@@ -25,6 +25,7 @@ from stillroom.storage.records import (
     TopKSpec,
 )
 from stillroom.workers.sanity import require_batch_free
+from stillroom.workers.sliced import SlicedModel
 from stillroom.workers.teacher import TeacherSpec
 from stillroom.workers.torch_teacher import TorchTeacher
 from tests.strategies import exact_lse
@@ -186,6 +187,25 @@ def test_a_compiled_teacher_gives_the_eager_ones_rows_but_for_rounding(folder: F
         np.testing.assert_allclose(got.logits, want.logits, atol=1e-4)
         np.testing.assert_allclose(got.tail_lse, want.tail_lse, atol=1e-4)
     assert compiled.provenance(asked)["compile"] is True
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "gemma2", "phi"])  # plain, tied, soft-capped, with a bias
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_slices_lie_in_one_memory_and_are_what_the_head_gives(folder: Folder, arch: str, dtype: torch.dtype) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder(arch), dtype=dtype).eval()
+    sliced = SlicedModel(model, device=torch.device("cpu"), vocabulary=model.config.vocab_size)
+    hidden_SD = torch.randn(40, model.config.hidden_size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    with torch.no_grad():  # where the memory is not used
+        expected = [sliced.logits(part) for part in hidden_SD.split(20)]
+    with torch.inference_mode():
+        sliced.logits(hidden_SD)
+        found = []
+        for part in hidden_SD.split(20):
+            logits_SV = sliced.logits(part)
+            found.append(logits_SV.clone())
+            if arch != "gemma2":  # whose cap makes tensors of its own
+                assert logits_SV.data_ptr() == sliced.logits(hidden_SD).data_ptr()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 46, 80, 4096])
