@@ -1,0 +1,99 @@
+"""A chain killed in the middle of each of its stages goes on from there, and ends as one that nobody disturbed.
+
+Shaped as `deploy/recipes/progressive.yaml`: three layers teach two, these one; then one of the three at once.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from stillroom.storage.store import open_store
+from tests.e2e.runs import Setup, assert_equal_rows, kill_group, sentences, wait_for
+
+pytestmark = [pytest.mark.real, pytest.mark.slow]
+
+STUDENTS = {"one": "two-layers", "two": "one-layer", "direct": "one-layer"}
+STEPS = 12
+#: Units small enough that teaching takes seconds.
+UNIT_TOKENS = 64
+
+
+def chain(folder: Path) -> Setup:
+    setup = Setup.make(folder, sentences(3, 120), teacher={"layers": 3}, store__unit_tokens=UNIT_TOKENS)
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    student = recipe.pop("students")[0]
+    del recipe["store"]["path"]
+    recipe["teacher"]["model"] = str(folder.parent / "teacher" / "teacher")  # one for both: its name is in the identity
+    recipe["student_defaults"] = {k: v for k, v in student.items() if k not in ("name", "model")} | {"steps": STEPS}
+    layers = {"two-layers": 2, "one-layer": 1}
+    recipe["stages"] = [
+        {"name": stage, "students": [{"name": name, "model": {"cut": {"layers": layers[name]}}}]}
+        for stage, name in STUDENTS.items()
+    ]
+    recipe["stages"][1]["teacher"] = {"stage": "one"}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    return setup
+
+
+def stores(setup: Setup) -> list[Path]:
+    return sorted(path.parent for path in (setup.folder / "run").rglob("_delta_log"))
+
+
+def student(setup: Setup, stage: str) -> Path:
+    return setup.folder / "run" / "stages" / stage / "students" / STUDENTS[stage]
+
+
+def losses(setup: Setup, stage: str) -> list[tuple[int, float]]:
+    """(step, loss) of every step in the student's log."""
+    lines = map(json.loads, (student(setup, stage) / "log.jsonl").read_text().splitlines())
+    return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+
+
+def teaching(setup: Setup, number: int) -> Callable[[], bool]:
+    """Its store number `number` has a commit, and not all of its units."""
+    return lambda: len(stores(setup)) > number and len(list((stores(setup)[number] / "_delta_log").iterdir())) > 1
+
+
+def training(setup: Setup, stage: str) -> Callable[[], bool]:
+    log = student(setup, stage) / "log.jsonl"
+    return lambda: log.exists() and log.read_text().count('"kind": "step"') > STEPS // 2
+
+
+def test_it_goes_on_from_every_stage(tmp_path: Path) -> None:
+    Setup.make(tmp_path / "teacher", [], teacher={"layers": 3})
+    killed, calm = chain(tmp_path / "killed"), chain(tmp_path / "calm")
+    moments = {
+        "stage one teaches": teaching(killed, 0),
+        "stage one trains": training(killed, "one"),
+        "stage two teaches": teaching(killed, 1),
+        "stage two trains": training(killed, "two"),
+        "the direct student trains": training(killed, "direct"),
+    }
+    for what, moment in moments.items():
+        process = killed.start()
+        try:
+            wait_for(moment, process, what)
+        finally:
+            kill_group(process)
+        assert not (killed.folder / "run" / "summary.json").exists(), f"{what}: all was done before the kill"
+    killed.run()
+    calm.run()
+    assert len(stores(killed)) == len(stores(calm)) == 2, "direct learns from the first stage's store"
+    for one, other in zip(stores(killed), stores(calm), strict=True):
+        assert open_store(str(one)).identity == open_store(str(other)).identity
+        assert_equal_rows(one, other)
+    for stage in STUDENTS:
+        assert losses(killed, stage) == losses(calm, stage)
+        assert [step for step, _ in losses(killed, stage)] == list(range(1, STEPS + 1))
+        weights = [(student(setup, stage) / "export" / "model.safetensors").read_bytes() for setup in (killed, calm)]
+        assert weights[0] == weights[1]
+    tables = [json.loads((setup.folder / "run" / "summary.json").read_text())["students"] for setup in (killed, calm)]
+    compared = [[(row["student"], row["kl_to_first_teacher"]) for row in table] for table in tables]
+    assert compared[0] == compared[1]
+    assert len(compared[0]) == len(STUDENTS)
+    again = killed.run()
+    assert again.count("is trained already") == len(STUDENTS)
+    assert "starting" not in again, "a teacher was started for nothing"
