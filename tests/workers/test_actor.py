@@ -14,6 +14,8 @@ import ray
 import torch
 from safetensors.torch import load_file, save_file
 
+from stillroom.pipeline.cluster import session
+from stillroom.pipeline.recipe.teacher_schema import RayConfig
 from stillroom.storage.errors import BadLogits, IdentityMismatch
 from stillroom.storage.files import open_files
 from stillroom.storage.identity import Identity
@@ -206,12 +208,9 @@ def test_bad_logits_name_the_unit_and_write_nothing(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
-    ray.init(
-        address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
-        _node_ip_address="127.0.0.1",
-    )  # fmt: skip
-    yield
-    ray.shutdown()
+    # Not a plain ray.init: a process that began without the session's token is refused wherever a later test has one.
+    with session(RayConfig(actors=2)):
+        yield
 
 
 @pytest.mark.real
