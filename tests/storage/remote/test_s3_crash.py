@@ -1,6 +1,7 @@
 """A server that dies in the middle of a run and comes back: the run finishes, nothing is lost, nothing is double."""
 
 import threading
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -54,11 +55,14 @@ class Writer(threading.Thread):
             self._gate = gate
             self._step.notify_all()
 
+    def _may_do(self, number: int) -> bool:
+        return number < self._gate
+
     def run(self) -> None:
         try:
             for number in range(UNITS):
                 with self._step:
-                    assert self._step.wait_for(lambda n=number: n < self._gate, 120)
+                    assert self._step.wait_for(partial(self._may_do, number), 120)
                 unit = f"{self._first + number:032x}"
                 data = content(self._first + number)
                 path = shard_path(unit, sha256_hex(data))
