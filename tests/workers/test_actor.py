@@ -88,7 +88,7 @@ def test_a_unit_is_scored_while_another_is_written(
     spec: TeacherSpec, identity: Identity, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first unit's writing waits here for the second to be scored; and both shards are those of one call after
-    the other, by threads that torch has never met before."""
+    the other."""
     actor = TeacherActor(spec, identity, str(tmp_path / "store"))
     actor.ready()
     units = [work(identity.vocabulary, seed) for seed in (0, 1)]
