@@ -84,12 +84,12 @@ test-fast: $(VENV)/.dev
 
 # File by file in two processes: most of the time one of them waits for processes that start.
 test-real: $(VENV)/.dev
-	$(PYTEST) -m "not slow and real" -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m "not slow and real" -n 2 --dist loadfile --no-loadscope-reorder --durations 15
 
-# What takes 14 GiB runs alone; the rest, as above.
+# What takes 8 GiB runs alone; the rest, as above.
 test-slow: $(VENV)/.dev
 	$(PYTEST) -m slow tests/bench/test_loss_memory.py
-	$(PYTEST) -m slow --ignore tests/bench/test_loss_memory.py -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m slow --ignore tests/bench/test_loss_memory.py -n 2 --dist loadfile --no-loadscope-reorder --durations 15
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check $(SOURCES)

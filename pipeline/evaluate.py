@@ -62,7 +62,12 @@ def evaluate(recipe: Recipe, console: Console) -> dict[str, Any]:
         after = result["after"] or {}
         of_teacher = {key: after.get(key) for key in ("kl", "top1", "top5", "teacher_mass", "student_mass")}
         measured |= _tasks(recipe, Path(result["export"]), student.name, console)
-        models.append({"name": student.name, **measured, **of_teacher})
+        models.append({"name": student.name, **measured, **of_teacher, "kl_positions": after.get("tokens")})
+        if student.eval_packs and after and after["tokens"] < measured["heldout_positions"]:
+            console.notice(
+                f"evaluate: KL and agreement of {student.name} are of {after['tokens']:,} positions (its eval_packs, "
+                f"{student.eval_packs}), perplexity and ECE of all {measured['heldout_positions']:,}"
+            )
     if not models and recipe.students:
         raise StillroomError(f"no student in {recipe.run_dir} is trained: run `stillroom train` on this recipe first")
     evaluation = {"models": models}

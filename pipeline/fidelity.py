@@ -21,7 +21,6 @@ from stillroom.storage.errors import CorruptShard, IdentityMismatch, Unsupported
 from stillroom.storage.fidelity.bound import Bound, supports
 from stillroom.storage.fidelity.gradient import Key
 from stillroom.storage.fidelity.measure import TEMPERATURES, Block, Fidelity, Measured, NoiseBand, measure_blocks, noise
-from stillroom.storage.fidelity.shares import tail_shares
 from stillroom.storage.fidelity.truth import FOLDER, read_positions, truth_blocks
 from stillroom.storage.files import Files
 from stillroom.storage.identity import Identity
@@ -161,30 +160,6 @@ def before_and_after(source: str, destination: str, console: Console) -> list[di
             line[f"gradient_angle_deg_{when}"] = round(row.gradient_angle_deg, 2)
     keep_measured(open_store(destination), TEMPERATURES, console)
     return list(lines.values())
-
-
-def tail_shares_of(store: Store) -> Float32:
-    """How the tail is shared on average in the store's fidelity sample, float32 [V].
-
-    Raises UnsupportedSignal if it keeps none; CorruptShard, StoreError where shards or the sample cannot be read.
-    """
-    refs = store.committed()
-    units = [unit for unit in store.planned() if unit.id in refs]
-    found = tail_shares(_blocks(store, units, _signals(store, units), None, 1.0), store.identity.vocabulary)
-    if found is None:
-        raise UnsupportedSignal(
-            f"store {store.uri} keeps no fidelity sample, of which losses.signal topk+truth takes the tail's shares: "
-            "set it to topk, or teach with fidelity.positions: 256 into another store"
-        )
-    return found
-
-
-def sample_digest(store: Store) -> str:
-    """Of the positions of the store's fidelity sample, which grows with it until it is full: 32 hex digits."""
-    refs = store.committed()
-    units = [unit for unit in store.planned() if unit.id in refs]
-    positions = read_positions(store.files, units, store.identity)
-    return digest128(repr(sorted(positions.items())).encode())
 
 
 def measure_store(store: Store, temperatures: Seq[float]) -> tuple[Fidelity, NoiseBand | None]:

@@ -2,7 +2,7 @@
 
 Enters: a loaded teacher, sequences of the pilot, and the units that are to be scored. Leaves: bytes a token, by really
 capturing and encoding a few layers. Costs: one pass over `TRIED_TOKENS` tokens with attention in full, and encoding
-what it gave; at most some 100 MB of memory, whatever the teacher.
+what it gave. A block's maps in full, at `TRIED_TOKENS` tokens, take 0.1 GB with 9 heads (SmolLM2) and 0.7 with 64.
 
 How far layers and maps can be compressed is the teacher's own. SmolLM2-135M on 512 tokens: its layers take 776 … 832
 bytes a position, and a guess from the final hidden state's int16 said 548; its maps, mean over heads, 118 … 222, of 256

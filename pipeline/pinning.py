@@ -1,7 +1,7 @@
 """Pinning: which shards a student trains on, fixed in its folder before it starts.
 
-Enters: a recipe, its corpus and store. Leaves: `snapshot.parquet` and `pinned.json` in the student's folder, for
-losses.signal topk+truth the tail's shares too, and a pin in the store. Costs: 40 bytes a sequence.
+Enters: a recipe, its corpus and store. Leaves: `snapshot.parquet` and `pinned.json` in the student's folder, and a pin
+in the store. Costs: 40 bytes a sequence.
 
 Where teachers still write, the snapshot is open: all planned units are in it, and a `Follower` tells the student of
 their shards as the log gets them. It is completed when the last one is there, and is then the snapshot that a run after
@@ -12,49 +12,45 @@ import json
 from collections.abc import Collection
 from pathlib import Path
 
-from stillroom.pipeline.fidelity import require_described, require_supported, sample_digest, tail_shares_of
+from stillroom.pipeline.fidelity import require_described, require_supported
 from stillroom.pipeline.recipe.schema import Recipe
 from stillroom.pipeline.student.bindings import RESULT
 from stillroom.pipeline.student.config import StudentConfig
 from stillroom.storage.arrivals import ArrivalsWriter, arrivals_path
 from stillroom.storage.care.pins import pin
-from stillroom.storage.errors import StoreError, UnsupportedSignal
-from stillroom.storage.fidelity.shares import shares_path, write_shares
-from stillroom.storage.files import LocalFiles, open_files
+from stillroom.storage.errors import StoreError
+from stillroom.storage.files import Files, LocalFiles, open_files
 from stillroom.storage.manifest import Manifest
 from stillroom.storage.snapshot import Snapshot
 from stillroom.storage.store import IDENTITY, Store, open_store
 
 SNAPSHOT, NOTE = "snapshot.parquet", "pinned.json"
-SAMPLE = "fidelity_sample"  # of the note
 
 
 def pinned(recipe: Recipe, student: StudentConfig, manifest: Manifest, folder: Path) -> Path | None:
-    """The snapshot that this student trains on: the one it began with, unless the corpus has changed since. None for
-    a student of hard labels that began where there was no store.
+    """The snapshot that this student trains on: the one it began with, unless the corpus has changed since, or another
+    teacher's store lies in that place. None for a student of hard labels that began where there was no store.
 
     Raises IdentityMismatch for a store that the recipe does not describe, StoreError if it lacks a part of the corpus,
     UnsupportedSignal: nothing is pinned then.
     """
     path, files = folder / SNAPSHOT, open_files(recipe.store.path)
-    stated = {"manifest": manifest.digest, "store": files.uri}
-    held = _note(folder)
+    stated = _stated(manifest, files)
     unchecked = student.taught and not (folder / RESULT).exists()
     store = open_store(recipe.store.path) if files.exists(IDENTITY) else None
     if unchecked and store:
         require_described(recipe, store)
-    if _says(held, stated, signal=True) and path.exists():
-        follower = Follower(store, path) if store and Snapshot.read(path).open else None
+    begun = _begun_on(folder, stated, store)
+    if begun is not None:
+        follower = Follower(store, path) if store and begun.open else None
         if follower is not None and follower.look():
             raise _lacking(files.uri, follower.missing, manifest)
         if unchecked and store:
             require_supported(recipe, student, store)
-        if store:
-            _keep_shares(student, store, path, held)
         if follower is not None:
             follower.complete()
         return path
-    if not student.taught and (_says(held, stated, signal=False) or not files.exists(IDENTITY)):
+    if not student.taught and (_says(folder, stated, signal=False) or store is None):
         LocalFiles(folder).write(NOTE, json.dumps(stated | {"signal": False}).encode())
         return None
     store = store or open_store(recipe.store.path)
@@ -68,7 +64,6 @@ def pinned(recipe: Recipe, student: StudentConfig, manifest: Manifest, folder: P
         )
     if unchecked:
         require_supported(recipe, student, store)  # a student that is refused must not hold on to shards
-        stated |= _keep_shares(student, store, path)
     _write(store, snapshot, folder, stated)
     return path
 
@@ -78,35 +73,26 @@ def pin_open(
 ) -> Path | None:
     """As `pinned`, where the units `pending` of the corpus are planned and not scored yet. The student's fidelity is
     checked when they are, as the sample is spread over them."""
-    if student.distils and student.losses.signal == "topk+truth":
-        raise UnsupportedSignal(
-            f"student {student.name}: losses.signal topk+truth needs the whole fidelity sample, which is there when "
-            "all units are: set train.read_through to false, or losses.signal to topk"
-        )
     path = folder / SNAPSHOT
-    stated = {"manifest": manifest.digest, "store": store.files.uri}
-    held = _note(folder)
+    stated = _stated(manifest, store.files)
     require_described(recipe, store)
-    if _says(held, stated, signal=True) and path.exists():
-        if Snapshot.read(path).open:
+    begun = _begun_on(folder, stated, store)
+    if begun is not None:
+        if begun.open:
             Follower(store, path)  # raises where its units will never come
         return path
-    if not student.taught and _says(held, stated, signal=False):
+    if not student.taught and _says(folder, stated, signal=False):
         return None
-    snapshot = store.snapshot(_digests(manifest), pending=pending)
-    arrivals_path(path).unlink(missing_ok=True)
-    _write(store, snapshot, folder, stated)
+    _write(store, store.snapshot(_digests(manifest), pending=pending), folder, stated)
     return path
 
 
 def to_be_pinned(student: StudentConfig, manifest: Manifest, folder: Path, store: Store) -> Snapshot | None:
     """What `pinned` gives where the store holds all of the corpus. Writes nothing."""
-    stated = {"manifest": manifest.digest, "store": store.files.uri}
-    held, path = _note(folder), folder / SNAPSHOT
-    if _says(held, stated, signal=True) and path.exists():
-        return Snapshot.read(path)
-    if not student.taught and _says(held, stated, signal=False):
-        return None
+    stated = _stated(manifest, store.files)
+    begun = _begun_on(folder, stated, store)
+    if begun is not None or (not student.taught and _says(folder, stated, signal=False)):
+        return begun
     found: Snapshot = store.snapshot(_digests(manifest))
     return found
 
@@ -150,45 +136,31 @@ class Follower:
 
 def _write(store: Store, snapshot: Snapshot, folder: Path, stated: dict[str, str]) -> None:
     path = folder / SNAPSHOT
+    arrivals_path(path).unlink(missing_ok=True)  # of what was pinned before
     pin(store.files, snapshot, path)  # before the snapshot is there: `stillroom gc` must not come between
     snapshot.write(path)
     LocalFiles(folder).write(NOTE, json.dumps(stated | {"signal": True}).encode())
 
 
-def _keep_shares(
-    student: StudentConfig, store: Store, snapshot: Path, held: dict[str, object] | None = None
-) -> dict[str, str]:
-    """The tail's shares beside the snapshot, where the student reads them; what the note says of them.
-
-    held: the note of a student that has begun. It goes on with the shares it began with: a store that grew has another
-    sample, of which a lost file cannot be made again. Raises UnsupportedSignal if the store has none, StoreError for
-    another sample.
-    """
-    path = shares_path(snapshot)
-    if not (student.distils and student.losses.signal == "topk+truth") or (held is not None and path.exists()):
-        return {}
-    sample = sample_digest(store)
-    if held is not None and held.get(SAMPLE, sample) != sample:
-        raise StoreError(
-            f"{path} is gone, and store {store.uri} has another fidelity sample than when this student began: put the "
-            f"file back, or remove {snapshot.parent} to train it anew"
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_shares(path, tail_shares_of(store))
-    return {SAMPLE: sample}
+def _stated(manifest: Manifest, files: Files) -> dict[str, str]:
+    """What a student's note says of corpus and store."""
+    return {"manifest": manifest.digest, "store": files.uri}
 
 
-def _says(held: dict[str, object] | None, stated: dict[str, str], *, signal: bool) -> bool:
-    """Whether a student that began with this corpus and store left that note."""
-    return held is not None and stated.items() | {("signal", signal)} <= held.items()
-
-
-def _note(folder: Path) -> dict[str, object] | None:
-    note = folder / NOTE
-    if not note.exists():
+def _begun_on(folder: Path, stated: dict[str, str], store: Store | None) -> Snapshot | None:
+    """The snapshot that the student of this folder began with, on this corpus and this store. None: it has not begun,
+    or the store that lies there now is of another teacher or signal. One that is out of reach is taken for the same."""
+    path = folder / SNAPSHOT
+    if not (_says(folder, stated, signal=True) and path.exists()):
         return None
-    held: dict[str, object] = json.loads(note.read_text())
-    return held
+    snapshot = Snapshot.read(path)
+    return snapshot if store is None or snapshot.identity.id == store.identity.id else None
+
+
+def _says(folder: Path, stated: dict[str, str], *, signal: bool) -> bool:
+    """Whether the student of this folder left that note."""
+    note = folder / NOTE
+    return note.exists() and stated.items() | {("signal", signal)} <= json.loads(note.read_text()).items()
 
 
 def _digests(manifest: Manifest) -> set[str]:

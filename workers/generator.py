@@ -18,6 +18,9 @@ from stillroom.storage.generations.records import Decoding, Generation
 from stillroom.storage.records import Sequence
 from stillroom.workers.teacher import Dtype
 
+#: vLLM answers about its settings in 6 to 15 s; from a cold disk in a minute.
+SETTINGS_S = 300.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratorSpec:
@@ -106,13 +109,17 @@ def require_settings(spec: GeneratorSpec) -> None:
     """Have vLLM look at the settings, without weights, in a process that ends with it: 6 to 15 s, where an actor that
     fails to start takes a minute.
 
-    Raises RecipeError in vLLM's own words for what it refuses, TeacherError where it is missing or cannot be asked.
+    Raises RecipeError in vLLM's own words for what it refuses, TeacherError where it is missing, cannot be asked, or
+    has no answer in `SETTINGS_S`.
     """
     require_vllm()
-    asked = subprocess.run(
-        [sys.executable, "-m", "stillroom.workers.vllm_generator"], input=spec.to_json().encode(), capture_output=True,
-        check=False,
-    )  # fmt: skip
+    try:
+        asked = subprocess.run(
+            [sys.executable, "-m", "stillroom.workers.vllm_generator"], input=spec.to_json().encode(),
+            capture_output=True, check=False, timeout=SETTINGS_S,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise TeacherError(f"vLLM has not answered about generate.engine within {SETTINGS_S:g} s") from None
     try:
         answer = json.loads(asked.stdout.splitlines()[-1])
     except (IndexError, ValueError):

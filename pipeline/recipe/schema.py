@@ -180,11 +180,6 @@ class Recipe(Section):
                 "beside the teachers; leave one of both out"
             )
         for number, student in enumerate(self.students):
-            if student.distils and student.losses.signal == "topk+truth" and not self.fidelity.positions:
-                raise ValueError(
-                    f"students.{number}.losses.signal is topk+truth, fidelity.positions 0: the tail's shares are those "
-                    "of the positions that are kept in full; set positions to 256, or losses.signal to topk"
-                )
             if self.train.processes > student.batch_packs:
                 raise ValueError(
                     f"train.processes is {self.train.processes}, students.{number}.batch_packs {student.batch_packs}: "

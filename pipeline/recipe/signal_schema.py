@@ -89,7 +89,8 @@ class _ChosenLayers(Section):
     def _one_of_both(self) -> Self:
         given = [value for name in ("layers", "every", "named_by") if (value := getattr(self, name, None)) is not None]
         if len(given) != 1 or self.layers == ():
-            raise ValueError("expected either layers, a list such as [4, 8], or every, a number")
+            more = ", named_by: students" if "named_by" in type(self).model_fields else ""
+            raise ValueError(f"expected one alone of layers: [4, 8], every: 4{more}, with numbers of your own")
         return self
 
     def chosen(self, blocks: int, first: int) -> tuple[int, ...]:

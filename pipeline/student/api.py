@@ -87,9 +87,7 @@ class Distillation:
         self.losses = _losses(losses)
         self.window = self.manifest.meta.window if window is None else window
         self.packing, self.vocabulary = packing, self.snapshot.identity.vocabulary
-        self.teaching = Teaching.of(
-            self.losses.signal, self.snapshot, torch.device(device), pinned=Path(snapshot)
-        )  # fmt: skip
+        self.teaching = Teaching.of(self.losses.signal, self.snapshot, torch.device(device))
         self.objective = Objective.of(self.losses)
         require_determined(self.losses, self.teaching.part)
         self._found: tuple[Any, StudentHead | str] | None = None

@@ -370,7 +370,7 @@ def student_window(config: StudentConfig, manifest_window: int) -> int:
 
 
 def teaching_part(asked: str, spec: SignalSpec) -> str:
-    """Which part of a store teaches: "hidden", "topk", "sampled", "topk+sampled" or "topk+truth".
+    """Which part of a store teaches: "hidden", "topk", "sampled" or "topk+sampled".
 
     asked: `losses.signal`. Raises UnsupportedSignal if the store does not hold it.
     """
@@ -382,7 +382,7 @@ def teaching_part(asked: str, spec: SignalSpec) -> str:
         )
     if asked == "auto":
         return held[0]
-    parts = [part for part in asked.split("+") if part != "truth"]  # of every store with a fidelity sample
+    parts = asked.split("+")
     if not {*parts} <= {*held}:
         raise UnsupportedSignal(
             f"losses.signal is {asked}, the store holds {spec.in_words()}: set it to {' or '.join(held)}, or teach "
@@ -398,11 +398,6 @@ def require_determined(losses: LossConfig, part: str) -> None:
         raise UnsupportedSignal(
             f"losses.output.{refused[0]} on draws from the teacher, which determine the forward KL alone (up to a "
             "constant, at temperature 1): keep forward_kl alone, or use a store with hidden states or top-k logits"
-        )
-    if part == "topk+truth" and (refused := sorted(set(asked) - {"forward_kl"})):
-        raise UnsupportedSignal(
-            f"losses.output.{refused[0]} with losses.signal topk+truth, whose tail has a forward KL alone: keep "
-            "forward_kl alone, or set losses.signal to topk"
         )
     if part == "topk" and "cosine" in asked:
         raise UnsupportedSignal(

@@ -79,10 +79,9 @@ class LossConfig(_Config):
     alpha: Scheduled = 0.7
     """Weight of the distillation term, a number or a schedule; the text's own next tokens get 1 − alpha."""
 
-    signal: Literal["auto", "topk", "sampled", "hidden", "topk+sampled", "topk+truth"] = "auto"
+    signal: Literal["auto", "topk", "sampled", "hidden", "topk+sampled"] = "auto"
     """Which part of the store teaches. auto: hidden if it is there, else topk, else sampled. topk+sampled: the kept ids
-    as they are, and the others as the draws among them say, without bias. topk+truth: the others as they are on average
-    in the fidelity sample, which takes no bytes. Both: forward KL at temperature 1."""
+    as they are, and the others as the draws among them say, without bias; forward KL at temperature 1."""
 
     temperature: Scheduled = 2.0
     """T, by which both models' logits are divided in the distillation term, a number or a schedule. 1 … 10."""

@@ -175,8 +175,7 @@ class Session:
             return TOPK
         # A student that learns from layers alone needs no output of the teacher.
         distils = self.config.distils or has_output(snapshot.identity.signal)
-        asked, pinned = self.config.losses.signal, self.job.snapshot
-        teaching = Teaching.of(asked, snapshot, self.device, pinned=pinned) if distils else TOPK
+        teaching = Teaching.of(self.config.losses.signal, snapshot, self.device) if distils else TOPK
         for losses in self.config.all_losses():
             require_determined(losses, teaching.part)
         return teaching

@@ -6,7 +6,6 @@ the loss of a step's positions, distillation and text together. Costs: those of 
     topk      over the kept ids and one bucket for the rest, any temperature                losses.buckets
     sampled   cross-entropy with the draws' shares (forward KL), temperature 1              sampled_loss
     topk+sampled   the KL of topk, and the tail's own shares from the draws, temperature 1  sampled_loss
-    topk+truth     the KL of topk, and the tail's mean shares in the fidelity sample, temperature 1
     hidden    over the whole vocabulary, rebuilt from hidden states, any temperature        full_logits.hidden_loss
 
 `distillation_loss` is the plain form, on the student's logits; `distillation_loss_fused` has the student's head in it.
@@ -14,7 +13,6 @@ the loss of a step's positions, distillation and text together. Costs: those of 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -36,45 +34,34 @@ from stillroom.pipeline.student.losses import (
 )
 from stillroom.pipeline.student.losses.fused import BLOCK_ELEMENTS, FUSED_ELEMENTS
 from stillroom.pipeline.student.losses.sparse import sparse_slice
-from stillroom.pipeline.student.sampled_loss import (
-    sampled_cross_entropy,
-    shared_tail_cross_entropy,
-    tail_cross_entropy,
-)
-from stillroom.storage.fidelity.shares import read_shares, shares_path
+from stillroom.pipeline.student.sampled_loss import sampled_cross_entropy, tail_cross_entropy
 from stillroom.storage.files import open_files
 from stillroom.storage.snapshot import Snapshot
 
 
 @dataclass(frozen=True, eq=False)
 class Teaching:
-    """part: "topk", "sampled", "topk+sampled", "topk+truth" or "hidden". head: for hidden. gap_step: of the top-k
-    beside it. shares: float32 [V], for topk+truth."""
+    """part: "topk", "sampled", "topk+sampled" or "hidden". head: for hidden. gap_step: of the top-k beside it."""
 
     part: str
     head: TeacherHead | None = None
     gap_step: float | None = None
-    shares: Tensor | None = None
 
     @staticmethod
-    def of(asked: str, snapshot: Snapshot, device: torch.device, *, pinned: Path | None = None) -> "Teaching":
-        """For `losses.signal` = asked. pinned: where the snapshot lies, beside which the tail's shares do.
+    def of(asked: str, snapshot: Snapshot, device: torch.device) -> "Teaching":
+        """For `losses.signal` = asked.
 
-        Raises UnsupportedSignal if the store does not hold the part, StoreError or CorruptShard if its output head or
-        the shares cannot be read."""
+        Raises UnsupportedSignal if the store does not hold the part, StoreError or CorruptShard if its output head
+        cannot be read."""
         spec = snapshot.identity.signal
         part = teaching_part(asked, spec)
         head = load_head(open_files(snapshot.uri), device) if part == "hidden" else None
-        shares = None
-        if part == "topk+truth":
-            assert pinned is not None, "topk+truth needs the snapshot's path"
-            shares = torch.from_numpy(read_shares(shares_path(pinned), snapshot.identity.vocabulary)).to(device)
-        return Teaching(part, head, spec.topk.gap_step if spec.topk else None, shares)
+        return Teaching(part, head, spec.topk.gap_step if spec.topk else None)
 
     @property
     def reads(self) -> frozenset[str]:
         """The parts that a student reads: what teaches, and the top-k against which it is evaluated."""
-        return frozenset({*self.part.split("+"), "topk"} - {"truth"})
+        return frozenset({*self.part.split("+"), "topk"})
 
     def loss(self, logits_NV: Tensor, targets: Targets, *, objective: Objective) -> Tensor:
         """Σ_n w_n · (the objective's output losses)_n, a scalar. logits_NV: of the real vocabulary."""
@@ -103,16 +90,6 @@ class Teaching:
                 logits_NV, targets.ids, targets.drawn_ids, targets.drawn_counts, temperature=objective.temperature,
                 weights_N=targets.weights,
             )  # fmt: skip
-        if self.part == "topk+truth":
-            assert targets.ids is not None
-            assert targets.logits is not None
-            assert targets.tail_lse is not None
-            assert self.shares is not None
-            assert objective.weights.keys() == {"forward_kl"}
-            loss = loss + objective.weights["forward_kl"] * shared_tail_cross_entropy(
-                logits_NV, targets.ids, targets.logits, targets.tail_lse, self.shares,
-                temperature=objective.temperature, weights_N=targets.weights,
-            )  # fmt: skip
         return loss
 
     def slice_loss(
@@ -120,7 +97,7 @@ class Teaching:
     ) -> tuple[Tensor | None, Tensor | None]:
         """(kd, ce) of a slice of logits, and with `wanted` their gradient in place of them: what `fused_loss` calls."""
         if self.part != "hidden" or not objective.distils:
-            return sparse_slice(z_PV, targets, objective, self.part, wanted, spare, shares_V=self.shares)
+            return sparse_slice(z_PV, targets, objective, self.part, wanted, spare)
         assert self.head is not None
         assert targets.hidden is not None
         teacher_PV = full_logits(self.head, targets.hidden, self._kept(targets), temperature=objective.temperature)

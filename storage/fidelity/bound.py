@@ -41,8 +41,7 @@ def supports(fidelity: Fidelity | None, tier: str, temperature: float, bound: Bo
     """Refuse a tier and a temperature that a store cannot support within the recipe's bound.
 
     fidelity: measured at this temperature; None for a store that keeps no fidelity sample. where: the store, for the
-    message. Draws and topk+truth at T ≠ 1 are refused whatever the bound, all else only by it. topk+truth is held
-    against what topk measures: on the sample that it is made of, its own numbers would flatter it.
+    message. Draws at T ≠ 1 are refused whatever the bound, all else only by it.
     Raises UnsupportedSignal with the measured number and the remedy.
     """
     if "sampled" in tier.split("+") and temperature != 1:
@@ -50,13 +49,6 @@ def supports(fidelity: Fidelity | None, tier: str, temperature: float, bound: Bo
             f"store {where}: draws estimate the teacher at T = 1 alone, T = {temperature:g} was asked for; "
             "train at temperature 1, or from a store with topk or hidden"
         )
-    if tier == "topk+truth":
-        if temperature != 1:
-            raise UnsupportedSignal(
-                f"store {where}: topk+truth has the tail's mean shares at T = 1 alone, T = {temperature:g} was asked "
-                "for; train at temperature 1, or with losses.signal topk or hidden"
-            )
-        tier = "topk"
     if bound == Bound():
         return
     if fidelity is None or not fidelity.rows:

@@ -60,14 +60,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("build/bench.json"))
     parser.add_argument("--turns", type=int, default=TURNS)
     parser.add_argument("--only", choices=("step", "memory"))
+    parser.add_argument("--positions", type=int, default=POSITIONS, help="of the memory's measurement")
     parser.add_argument("--memory-of", choices=("fused", "dense"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory_of:
-        print(_peak_mib(arguments.memory_of))
+        print(_peak_mib(arguments.memory_of, arguments.positions))
         return
     result: dict[str, Any] = {}
     if arguments.only != "step":
-        result |= memory()
+        result |= memory(arguments.positions)
     if arguments.only != "memory":
         with tempfile.TemporaryDirectory(prefix="stillroom-bench-") as folder:
             result |= step_ratios(scored(), Path(folder), arguments.turns)
@@ -155,10 +156,10 @@ def _trainer(model: Any, vocabulary: int, alpha: float, temperature: float, *, t
     return Trainer(model, config, vocabulary=vocabulary, total_steps=turns + 1, device=torch.device("cpu"))
 
 
-def memory() -> dict[str, Any]:
+def memory(positions: int) -> dict[str, Any]:
     peaks = {}
     for way in ("fused", "dense"):
-        command = [sys.executable, "-m", "tests.bench.loss", "--memory-of", way]
+        command = [sys.executable, "-m", "tests.bench.loss", "--memory-of", way, "--positions", str(positions)]
         peaks[way] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return {
         "loss_peak_ratio": round(peaks["fused"] / peaks["dense"], 4),
@@ -166,28 +167,28 @@ def memory() -> dict[str, Any]:
     }
 
 
-def _peak_mib(way: str) -> float:
+def _peak_mib(way: str, positions: int) -> float:
     """Over what the process had with hidden states, head and targets in memory."""
     generator = torch.Generator().manual_seed(0)
-    hidden_ND = torch.randn(POSITIONS, WIDTH, generator=generator).requires_grad_()
+    hidden_ND = torch.randn(positions, WIDTH, generator=generator).requires_grad_()
     weight_VD = torch.nn.Parameter(0.02 * torch.randn(VOCABULARY, WIDTH, generator=generator))
     before = _status_mib("VmRSS")
     if way == "dense":
-        teacher_NV = torch.randn(POSITIONS, VOCABULARY, generator=generator)
+        teacher_NV = torch.randn(positions, VOCABULARY, generator=generator)
         log_q_NV = torch.log_softmax(hidden_ND @ weight_VD.T / 4.0, -1)
         loss = 16.0 * torch.nn.functional.kl_div(log_q_NV, torch.softmax(teacher_NV / 4.0, -1), reduction="sum")
     else:
-        ids_NK = torch.randint(0, VOCABULARY // K, (POSITIONS, K), generator=generator) + torch.arange(K) * (
+        ids_NK = torch.randint(0, VOCABULARY // K, (positions, K), generator=generator) + torch.arange(K) * (
             VOCABULARY // K
         )
         targets = Targets(
-            torch.randint(0, VOCABULARY, (POSITIONS,), generator=generator), torch.ones(POSITIONS), ids_NK,
-            torch.randn(POSITIONS, K, generator=generator), torch.full((POSITIONS,), 12.0),
+            torch.randint(0, VOCABULARY, (positions,), generator=generator), torch.ones(positions), ids_NK,
+            torch.randn(positions, K, generator=generator), torch.full((positions,), 12.0),
         )  # fmt: skip
         loss = distillation_loss_fused(
             hidden_ND, StudentHead(weight_VD), targets, objective=Objective(0.7, 4.0), vocabulary=VOCABULARY
         ).total
-    (loss / POSITIONS).backward()
+    (loss / positions).backward()
     assert weight_VD.grad is not None
     return _status_mib("VmHWM") - before
 

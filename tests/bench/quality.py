@@ -28,7 +28,6 @@ from rich.console import Console as RichConsole
 from rich.table import Table
 
 from stillroom.pipeline.console import Console
-from stillroom.pipeline.fidelity import tail_shares_of
 from stillroom.pipeline.precompute import teach_command
 from stillroom.pipeline.recipe.schema import Recipe
 from stillroom.pipeline.student import rng
@@ -37,7 +36,6 @@ from stillroom.pipeline.student.features.losses import Features
 from stillroom.pipeline.student.model import build_student, load_tokenizer
 from stillroom.pipeline.student.teaching import Teaching
 from stillroom.pipeline.student.trainer import Trainer
-from stillroom.storage.fidelity.shares import shares_path, write_shares
 from stillroom.storage.identity import canonical_json
 from stillroom.storage.manifest import Manifest
 from stillroom.storage.records import Pack
@@ -99,7 +97,6 @@ ROWS = {
     "live_t1": Row("live teacher, T = 1", 1.0, way="live"),
     "topk_t1": Row("top-64 and tail, T = 1", 1.0),
     "topk_sampled_t1": Row("top-64 and 50 draws, T = 1", 1.0, signal="topk+sampled"),
-    "topk_truth_t1": Row("top-64 and the tail's mean shares, T = 1", 1.0, signal="topk+truth"),
     "live_t4": Row("live teacher, T = 4", 1.0, 4.0, way="live"),
     "hidden_t4": Row("hidden int16, T = 4", 1.0, 4.0, "hidden"),
     "ce": Row("text alone", 0.0),
@@ -122,7 +119,6 @@ ROWS = {
 COMPARED = {
     "quality_cached_vs_live_t1": ("topk_t1", "live_t1"),
     "quality_with_draws_vs_live_t1": ("topk_sampled_t1", "live_t1"),
-    "quality_with_shares_vs_live_t1": ("topk_truth_t1", "live_t1"),
     "quality_cached_vs_live_t4": ("hidden_t4", "live_t4"),
     "quality_renormalised_vs_live_t1": ("renormalised_t1", "live_t1"),
     "quality_renormalised_vs_live_t4": ("renormalised_t4", "live_t4"),
@@ -189,7 +185,7 @@ class World:
         """Train and measure. order: digest of all tokens read."""
         began = time.perf_counter()
         trainer = self._trainer(row, row.config(name, steps))
-        parts = {*row.signal.split("+"), "topk"} - {"truth"}
+        parts = {*row.signal.split("+"), "topk"}
         parts |= trainer.features.reads if trainer.features else set()
         order = hashlib.sha256()
         losses = []
@@ -208,14 +204,6 @@ class World:
         seconds = round(time.perf_counter() - began, 1)
         return {**found, "loss_last_20": sum(losses[-20:]) / 20, "order": order.hexdigest()[:16], "seconds": seconds}
 
-    def _pinned(self) -> Path:
-        """Where a student would have its snapshot, with the tail's shares beside it."""
-        path = FOLDER / "pinned" / "snapshot.parquet"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not shares_path(path).exists():
-            write_shares(shares_path(path), tail_shares_of(open_store(RECIPE["store"]["path"])))
-        return path
-
     def _trainer(self, row: Row, config: StudentConfig) -> Trainer:
         rng.seed_all(config.seed)
         cpu, identity = torch.device("cpu"), self.snapshot.identity
@@ -224,10 +212,9 @@ class World:
             expected_tokenizer=identity.tokenizer, vocabulary=identity.vocabulary,
         )  # fmt: skip
         kind = {"stored": Trainer, "live": LiveTrainer, "renormalised": Renormalised}[row.way]
-        pinned = self._pinned() if row.signal == "topk+truth" else None
         trainer = kind(
             model, config, vocabulary=identity.vocabulary, total_steps=config.steps or 0, device=cpu,
-            teaching=Teaching.of(row.signal, self.snapshot, cpu, pinned=pinned),
+            teaching=Teaching.of(row.signal, self.snapshot, cpu),
             features=Features.of(config, identity.signal, model, cpu),
         )  # fmt: skip
         if isinstance(trainer, LiveTrainer):

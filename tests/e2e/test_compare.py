@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from stillroom.pipeline.console import Console
+from stillroom.pipeline.evaluate import evaluate
 from stillroom.pipeline.recipe import Chain, load_chain
 from stillroom.pipeline.stages.compare import compare
 from tests.e2e.runs import Setup, sentences, trained
@@ -39,7 +40,7 @@ def _chain(tmp_path: Path) -> Chain:
     return chain
 
 
-def test_equal_weights_give_equal_rows(chain: Chain) -> None:
+def test_equal_weights_give_equal_rows(chain: Chain, capfd: pytest.CaptureFixture[str]) -> None:
     two, one, direct = compare(chain, Console(quiet=True))
     own = ("stage", "teacher", "steps_with_teachers", "kl_to_own_teacher")
     assert {k: v for k, v in one.items() if k not in own} == {k: v for k, v in direct.items() if k not in own}
@@ -47,3 +48,8 @@ def test_equal_weights_give_equal_rows(chain: Chain) -> None:
     assert two["heldout_positions"] == one["heldout_positions"]
     result = json.loads((chain.stages[2].recipe.run_dir / "students" / "cut" / "result.json").read_text())
     assert result["after"]["tokens"] < direct["heldout_positions"], "the run itself evaluated on fewer"
+    (row,) = evaluate(chain.stages[2].recipe, Console())["models"]
+    assert row["kl_positions"] == result["after"]["tokens"]
+    assert row["heldout_positions"] == direct["heldout_positions"]
+    stated = f"are of {row['kl_positions']:,} positions (its eval_packs, 1), perplexity and ECE of all"
+    assert stated in " ".join(capfd.readouterr().err.split())

@@ -17,7 +17,7 @@ from stillroom.pipeline.stages.redo import put_aside
 from stillroom.pipeline.train import job_of, require_untouched, result_of
 from stillroom.storage.errors import StudentError
 from stillroom.storage.manifest import Manifest
-from tests.e2e.runs import Setup, sentences, trained, write_corpus
+from tests.e2e.runs import Setup, sentences, taught, trained, write_corpus
 from tests.tiny import tiny_teacher
 
 pytestmark = pytest.mark.real
@@ -154,3 +154,22 @@ def test_a_store_that_has_grown_is_no_other_one(tmp_path: Path) -> None:
     assert train_part(setup).state == "done"
     recipe = setup.recipe()
     assert result_of(job_of(recipe, recipe.students[0])) is not None
+
+
+def test_another_teachers_store_in_the_same_place(tmp_path: Path) -> None:
+    """The store was removed and taught anew: a student of the first one is not taken for one of the second."""
+    setup = setup_of(tmp_path)
+    trained(setup.recipe())
+    recipe = setup.recipe()
+    shutil.rmtree(tmp_path / "store")
+    assert result_of(job_of(recipe, recipe.students[0])) is not None, "a trained student is found without its store"
+    tiny_teacher(tmp_path / "teacher", seed=5)
+    taught(recipe)
+    part = train_part(setup)
+    assert part.state == "stale"
+    assert "the store's list of shards changed since" in part.why
+    with pytest.raises(StudentError, match="list of shards changed since"):
+        result_of(job_of(recipe, recipe.students[0]))
+    put_aside([part], QUIET)
+    trained(recipe)
+    assert train_part(setup).state == "done"

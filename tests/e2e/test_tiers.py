@@ -12,11 +12,9 @@ import pytest
 from stillroom.pipeline.cli import main
 from stillroom.pipeline.console import Console
 from stillroom.pipeline.fidelity import keep_fidelity
-from stillroom.pipeline.pinning import _keep_shares
 from stillroom.pipeline.train import train
 from stillroom.storage.calibration import find_head
-from stillroom.storage.errors import StoreError, UnsupportedSignal
-from stillroom.storage.fidelity.shares import shares_path
+from stillroom.storage.errors import UnsupportedSignal
 from stillroom.storage.fidelity.truth import read_positions, read_truth
 from stillroom.storage.store import Store, open_store
 from tests.e2e.runs import Setup, assert_equal_rows, distil, kill_group, rows, sentences, wait_for, write_corpus
@@ -38,7 +36,6 @@ TOPK = student("topk", signal="topk", alpha=0.7, temperature=2)
 DRAWN = student("sampled", signal="sampled", alpha=0.7, temperature=1)
 HIDDEN = student("hidden", signal="hidden", alpha=0.7, temperature=4)
 BOTH = student("both", signal="topk+sampled", alpha=0.7, temperature=1)
-TRUTH = student("truth", signal="topk+truth", alpha=0.7, temperature=1)
 
 
 def made(folder: Path, signal: dict[str, Any], *students: dict[str, Any], **over: Any) -> Setup:
@@ -106,7 +103,7 @@ def test_a_tier_is_taught_and_learned_from(
 @pytest.fixture(scope="module", name="whole")
 def _whole(tmp_path_factory: pytest.TempPathFactory) -> Setup:
     signal = {"topk": {"k": 8}, "sampled": {"draws": 20}, "hidden": {"dtype": "int16"}}
-    setup = made(tmp_path_factory.mktemp("whole"), signal, TOPK, DRAWN, HIDDEN, BOTH, TRUTH)
+    setup = made(tmp_path_factory.mktemp("whole"), signal, TOPK, DRAWN, HIDDEN, BOTH)
     setup.run()
     return setup
 
@@ -118,7 +115,7 @@ class TestAllParts:
         summary = json.loads((whole.folder / "run" / "summary.json").read_text())
         assert summary["teacher_batches_first_run"] > 0
         assert summary["teacher_batches_second_run"] == 0
-        for each in ("topk", "sampled", "hidden", "both", "truth"):
+        for each in ("topk", "sampled", "hidden", "both"):
             result = json.loads((whole.folder / "run" / "students" / each / "result.json").read_text())
             # The top-k beside the draws says how close the student is.
             check_learned(whole, result)
@@ -145,33 +142,12 @@ class TestAllParts:
         ledger, shards = whole.ledger(), store_of(whole).committed()
         side = {p: p.stat().st_mtime_ns for p in (whole.folder / "store" / "_stillroom").rglob("*.json")}
         printed = whole.run()
-        assert printed.count("no teacher is needed") == printed.count("is trained already") == 5
+        assert printed.count("no teacher is needed") == printed.count("is trained already") == 4
         assert "founding" not in printed
         assert whole.ledger() == ledger
         assert store_of(whole).committed() == shards
         fidelity = whole.folder / "store" / "_stillroom" / "fidelity.json"
         assert fidelity.stat().st_mtime_ns == side[fidelity]
-
-
-def test_a_student_of_the_tails_shares_keeps_those_it_began_with(whole: Setup) -> None:
-    """They lie beside its snapshot, and are made anew where they are gone: of the same store the same ones."""
-    path = whole.folder / "run" / "students" / "truth" / "tail_shares.parquet"
-    before = path.read_bytes()
-    whole.run()
-    assert path.read_bytes() == before
-    recipe, store = whole.recipe(), store_of(whole)
-    again = whole.folder / "again" / "snapshot.parquet"
-    student = next(s for s in recipe.students if s.name == "truth")
-    _keep_shares(student, store, again)
-    assert shares_path(again).read_bytes() == before
-    shares_path(again).unlink()
-    note = json.loads(path.with_name("pinned.json").read_text())
-    _keep_shares(student, store, again, note)
-    assert shares_path(again).read_bytes() == before
-    shares_path(again).unlink()
-    with pytest.raises(StoreError, match=r"has another fidelity sample than when this student began: put the file ba"):
-        _keep_shares(student, store, again, note | {"fidelity_sample": "00000000000000000000000000000000"})
-    assert not shares_path(again).exists()
 
 
 def truth_files(setup: Setup) -> list[str]:
@@ -288,10 +264,6 @@ class TestRefusals:
         said = refused(setup, "train", "fidelity.positions=16")
         assert "keeps no fidelity sample" in said
         assert "to null to train unchecked" in said
-        words = ["students.0.losses={signal: topk+truth, temperature: 1}", "fidelity.max_gradient_angle_deg=null",
-                 "fidelity.max_kl_added=null", "fidelity.positions=16"]  # fmt: skip
-        said = refused(setup, "train", *words)
-        assert "keeps no fidelity sample, of which losses.signal topk+truth takes the tail's shares" in said
         assert not (tmp_path / "run" / "students" / "topk" / "snapshot.parquet").exists()
         # The recipe that keeps none asks for none.
         check_learned(setup, train(recipe, recipe.students[0], Console(quiet=True)))
@@ -308,11 +280,6 @@ class TestRefusals:
         assert not (tmp_path / "store").exists()
         distil(setup)
         assert "train at temperature 1" in refused(setup, "train", *words)
-
-    def test_the_tails_shares_at_two_before_a_teacher_starts(self, tmp_path: Path, refused: Callable[..., str]) -> None:
-        setup = made(tmp_path, {"topk": {"k": 8}}, TRUTH)
-        assert "train at temperature 1" in refused(setup, "run", "students.0.losses.temperature=2")
-        assert not (tmp_path / "store").exists()
 
     def test_hard_labels_are_never_refused(self, taught: Setup) -> None:
         recipe = taught.recipe("students.0.losses={alpha: 0, signal: auto}", "fidelity.max_gradient_angle_deg=1",

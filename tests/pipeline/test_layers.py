@@ -77,10 +77,10 @@ def test_a_sequence_that_could_not_be_read_back_is_refused_with_its_size() -> No
 @pytest.mark.parametrize(
     ("over", "message"),
     [
-        ({"signal__layers": {}}, "expected either layers, a list such as [4, 8], or every, a number"),
-        ({"signal__layers": {"layers": [1], "every": 2}}, "expected either layers"),
-        ({"signal__layers": {"layers": []}}, "expected either layers"),
-        ({"signal__layers": {"layers": [1], "named_by": "students"}}, "expected either layers"),
+        ({"signal__layers": {}}, "expected one alone of layers: [4, 8], every: 4, named_by: students"),
+        ({"signal__layers": {"layers": [1], "every": 2}}, "expected one alone of layers"),
+        ({"signal__layers": {"layers": []}}, "expected one alone of layers"),
+        ({"signal__layers": {"layers": [1], "named_by": "students"}}, "expected one alone of layers"),
         ({"signal__layers": {"named_by": "students"}}, "no student's features.hidden or relations names a layer"),
         (
             {"signal__layers": {"named_by": "students"}, "students__0__features": {"hidden": {"map": "uniform"}}},

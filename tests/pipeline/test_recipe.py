@@ -252,9 +252,6 @@ class TestRefusedInTheFile:
             ("signal:\n  topk:\n    k: 32\n    gap_step: 1/16", "signal: 3",
              "8: signal: expected a section with keys of its own, got 3"),
             ("lr: 3e-5", "packing: yes", '17: students.0.packing: expected true or false, got "yes"'),
-            ("students:\n  - name: small", "fidelity: {positions: 0}\nstudents:\n  - losses: {signal: topk+truth}\n"
-             "    name: small",
-             " students.0.losses.signal is topk+truth, fidelity.positions 0: the tail's shares"),
         ],
     )  # fmt: skip
     def test_message(self, recipe_file: Path, old: str, new: str, message: str) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor
 from stillroom.pipeline.student.losses.buckets import Buckets, used_slots
 from stillroom.pipeline.student.losses.objective import Objective
 from stillroom.pipeline.student.losses.targets import Targets
-from stillroom.pipeline.student.sampled_loss import are_kept, require_shared_tail, tail_of
+from stillroom.pipeline.student.sampled_loss import are_kept
 
 
 class Tail:
@@ -53,14 +53,11 @@ def sparse_slice(
     part: str,
     wanted: bool,
     spare: Iterator[Tensor],
-    *,
-    shares_V: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """(kd, ce), sums of weight · loss; and with `wanted` the gradient of alpha · kd + (1 − alpha) · ce in z_PV, which
     is overwritten in any case.
 
-    part: "topk", "sampled", "topk+sampled" or "topk+truth", what teaches. spare: gives a buffer like z_PV where one is
-    needed. shares_V: of the tail, for topk+truth.
+    part: "topk", "sampled" or "topk+sampled", what teaches. spare: gives a buffer like z_PV where one is needed.
     """
     alpha, temperature = objective.alpha, objective.temperature
     weights_P1 = targets.weights.to(z_PV.dtype)[:, None]
@@ -70,38 +67,20 @@ def sparse_slice(
     mean_P1 = z_PV.mean(1, keepdim=True) if smoothing else None
     kept = _Kept(z_PV, targets) if objective.distils and "topk" in part else None
     drawn = _Drawn(z_PV, targets, outside_kept=kept is not None) if objective.distils and "sampled" in part else None
-    shared = None
-    if kept is not None and part == "topk+truth":
-        assert shares_V is not None
-        require_shared_tail(temperature)
-        shared = _Shared(z_PV, kept, targets, shares_V)
     if kept is not None:
         z_PV.scatter_(1, kept.ids_PK, -torch.inf)
-    top_P1 = z_PV.amax(1, keepdim=True)
-    top_P1.masked_fill_(torch.isneginf(top_P1), 0.0)
-    z_PV.sub_(top_P1)
-
-    soft = text = None
-    if objective.reads_text and (temperature == 1.0 or not objective.distils):
-        text = soft = Tail(z_PV.exp_(), top_P1, 1.0)
-    else:
-        if objective.reads_text:
-            text = Tail(torch.exp(z_PV, out=next(spare)), top_P1, 1.0)
-        if temperature != 1.0:
-            z_PV.mul_(1.0 / temperature)
-        soft = Tail(z_PV.exp_(), top_P1, temperature)
+    soft, text = _tails(z_PV, objective, spare)
 
     kd = ce = None
-    z_scale_P1 = torch.zeros_like(top_P1)  # gradient in the tail = exp_PV · scale
-    text_scale_P1 = torch.zeros_like(top_P1)
+    z_scale_P1 = torch.zeros_like(weights_P1)  # gradient in the tail = exp_PV · scale
+    text_scale_P1 = torch.zeros_like(weights_P1)
     kept_grad_PK = None
     if kept is not None:
         kd, grad_PB = kept.loss(soft.lse_P1, targets, objective, z_PV.shape[1])
-        tail = drawn or shared
-        if tail is not None:
+        if drawn is not None:
             weight = objective.weights["forward_kl"]
-            kd = kd + weight * (tail.cross_entropy_P1(soft.lse_P1) * weights_P1).sum()
-            grad_PB[:, -1:] += weight * weights_P1 * tail.share_P1
+            kd = kd + weight * (drawn.cross_entropy_P1(soft.lse_P1) * weights_P1).sum()
+            grad_PB[:, -1:] += weight * weights_P1 * drawn.share_P1
         grad_PB = grad_PB * (alpha / temperature)
         kept_grad_PK = grad_PB[:, :-1]
         z_scale_P1 = grad_PB[:, -1:] / soft.sum_P1.clamp_min(torch.finfo(z_PV.dtype).tiny)
@@ -124,10 +103,6 @@ def sparse_slice(
         z_PV.mul_(z_scale_P1 + text_scale_P1)
     else:
         z_PV.mul_(z_scale_P1).addcmul_(text.exp_PV, text_scale_P1)
-    if shared is not None:
-        z_PV.addr_(
-            (shared.rate_P1 * weights_P1).squeeze(1), shared.shares_V, alpha=-alpha * objective.weights["forward_kl"]
-        )
     if kept is not None and kept_grad_PK is not None:
         z_PV.scatter_(1, kept.ids_PK, torch.where(kept.used_PK, kept_grad_PK, kept_grad_PK[:, :1]))
     if drawn is not None:
@@ -137,6 +112,22 @@ def sparse_slice(
         if smoothing:
             z_PV.sub_(text_weights_P1 * (smoothing / z_PV.shape[1]))
     return kd, ce
+
+
+def _tails(z_PV: Tensor, objective: Objective, spare: Iterator[Tensor]) -> tuple[Tail, Tail | None]:
+    """Of what is left in z: at the temperature, whose exps then lie in z, and for the text, where it is read; one and
+    the same where that can be."""
+    temperature = objective.temperature
+    top_P1 = z_PV.amax(1, keepdim=True)
+    top_P1.masked_fill_(torch.isneginf(top_P1), 0.0)
+    z_PV.sub_(top_P1)
+    if objective.reads_text and (temperature == 1.0 or not objective.distils):
+        both = Tail(z_PV.exp_(), top_P1, 1.0)
+        return both, both
+    text = Tail(torch.exp(z_PV, out=next(spare)), top_P1, 1.0) if objective.reads_text else None
+    if temperature != 1.0:
+        z_PV.mul_(1.0 / temperature)
+    return Tail(z_PV.exp_(), top_P1, temperature), text
 
 
 class _Kept:
@@ -160,28 +151,6 @@ class _Kept:
             total = (objective.buckets(found) * targets.weights.to(leaf_PB.dtype)).sum()
         (grad_PB,) = torch.autograd.grad(total, leaf_PB)
         return total.detach(), grad_PB
-
-
-class _Shared:
-    """The tail's mass, shared as π is over the ids not kept, and the sum of the student's logits under that.
-
-    z_PV loses what it holds of the kept ids. share_P1: the mass; rate_P1: the mass by what of π is not kept.
-    """
-
-    def __init__(self, z_PV: Tensor, kept: _Kept, targets: Targets, shares_V: Tensor) -> None:
-        assert targets.logits is not None
-        assert targets.tail_lse is not None
-        self.shares_V = shares_V.to(z_PV.dtype)
-        self.share_P1, left_P1 = tail_of(
-            kept.used_PK, kept.ids_PK, targets.logits, targets.tail_lse, self.shares_V, dtype=z_PV.dtype
-        )
-        self.rate_P1 = self.share_P1 / left_P1
-        mean_P1 = (z_PV.scatter_(1, kept.ids_PK, 0.0) @ self.shares_V).unsqueeze(1)
-        self._sum_P1 = self.rate_P1 * mean_P1
-
-    def cross_entropy_P1(self, lse_P1: Tensor) -> Tensor:
-        """mass · Σ π / π_tail (lse − z), lse over the ids not kept; 0 where there is no tail."""
-        return torch.where(self.share_P1 > 0, self.share_P1 * lse_P1 - self._sum_P1, 0.0)
 
 
 class _Drawn:
