@@ -8,7 +8,7 @@ committed.
 
 import time
 from collections.abc import Sequence as Seq
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -43,7 +43,7 @@ from stillroom.storage.fidelity.measure import TEMPERATURES
 from stillroom.storage.fidelity.sample import choose
 from stillroom.storage.files import open_files, sha256_hex
 from stillroom.storage.manifest import Manifest
-from stillroom.storage.records import Sequence, Signal
+from stillroom.storage.records import Sequence, Signal, SignalSpec
 
 #: Enough for bytes per token to 3 % (real teacher, k = 64), and some seconds of a small teacher on a CPU.
 PILOT_TOKENS = 2048
@@ -52,18 +52,66 @@ PILOT_TOKENS = 2048
 PILOT_POSITIONS = 48
 
 
+@dataclass(frozen=True)
+class _Scored:
+    """specs: the choices that the pilot's signals can be cut to. seconds: of scoring the signal of the recipe alone.
+    inside: see `price_inside`."""
+
+    pilot: Pilot
+    specs: list[SignalSpec]
+    seconds: float
+    inside: list[tuple[str, float]]
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(s.input_ids) for s in self.pilot.sequences)
+
+    @property
+    def head_bytes(self) -> int | None:
+        return len(self.pilot.head[1]) if self.pilot.head else None
+
+
 def estimate(recipe: Recipe, plan: Plan, manifest: Manifest, sources: Sources, console: Console) -> dict[str, Any]:
     """What teaching the plan will take. hours: with `ray.actors` teachers as fast as this process's one."""
+    wanted = sorted({t for s in recipe.students for t in s.temperatures(TEMPERATURES)}) or [1.0]
+    bound = Bound(recipe.fidelity.max_gradient_angle_deg, recipe.fidelity.max_kl_added)
+    scored = _score(plan, manifest, sources, console)
+    options, step = _priced(scored, bound, wanted, console)
+    total = round(options[0].bytes_per_token * plan.pending_tokens)
+    free = open_files(recipe.store.path).free_bytes()
+    per_second = scored.tokens / scored.seconds
+    hours = plan.pending_tokens / per_second / recipe.ray.actors / 3600
+    best = cheapest(options, bound, wanted)
+    return {
+        "pilot_tokens": scored.tokens,
+        "bytes_per_token": round(options[0].bytes_per_token, 1),
+        "tokens_per_s_per_actor": round(per_second, 1),
+        "bytes": total,
+        "hours": round(hours, 4),
+        "fits": free is None or total * recipe.store.safety + recipe.store.min_free_bytes <= free,
+        "head_bytes": scored.head_bytes,
+        "student_temperatures": ", ".join(f"{t:g}" for t in wanted),
+        "recipe_keeps": options[0].spec.in_words(),
+        "recipe_misses": "; ".join(options[0].misses(bound, wanted)) or "nothing",
+        "coarsest_gap_step": step,
+        "cheapest": best.spec.in_words() if best else None,
+        "cheapest_bytes_per_token": round(best.bytes_per_token, 1) if best else None,
+        "options": [line for option in options for line in _lines(option, bound, plan.pending_tokens, hours)],
+        "also": [
+            {"keeps": name, "bytes_per_token": round(size, 1), "corpus_bytes": round(size * plan.pending_tokens)}
+            for name, size in scored.inside
+        ],
+    }
+
+
+def _score(plan: Plan, manifest: Manifest, sources: Sources, console: Console) -> _Scored:
+    """All that the teacher is needed for."""
     from stillroom.workers.digests import layers_and_heads
     from stillroom.workers.torch_teacher import TorchTeacher
 
     sequences = _sample(plan, manifest)
-    tokens = sum(len(s.input_ids) for s in sequences)
-    console.info(f"plan: a pilot of {tokens:,} tokens")
-    teacher = TorchTeacher(sources.teacher_spec())
-    identity = sources.identity()
-    wanted = sorted({t for s in recipe.students for t in s.temperatures(TEMPERATURES)}) or [1.0]
-    temperatures = sorted({*TEMPERATURES, *wanted})
+    console.info(f"plan: a pilot of {sum(len(s.input_ids) for s in sequences):,} tokens")
+    teacher, identity = TorchTeacher(sources.teacher_spec()), sources.identity()
     head = _head(teacher, console, needed=identity.signal.hidden is not None)
     specs = candidates(
         identity.signal, vocabulary=identity.vocabulary, width=teacher.hidden_width, hidden=head is not None
@@ -86,10 +134,19 @@ def estimate(recipe: Recipe, plan: Plan, manifest: Manifest, sources: Sources, c
     kept = (head_path(sha256_hex(head[0])), head[0]) if head else None
     calibrations = _calibrations(head[1], scored.signals) if head else {}
     pilot = Pilot(identity, sequences, scored.signals, scored.truth, positions, kept, calibrations)
+    return _Scored(pilot, specs, seconds, inside)
+
+
+def _priced(scored: _Scored, bound: Bound, wanted: Seq[float], console: Console) -> tuple[list[Option], str]:
+    """What could be kept, the recipe's own first, and the coarsest step that the bound allows, in words.
+
+    wanted: temperatures of the recipe's students."""
+    pilot, specs = scored.pilot, scored.specs
+    signal = pilot.identity.signal
+    temperatures = sorted({*TEMPERATURES, *wanted})
     with console.progress(len(specs), "choices", label="plan") as progress:
         options = price_all(pilot, specs, temperatures, lambda: progress.advance(1))
-    bound = Bound(recipe.fidelity.max_gradient_angle_deg, recipe.fidelity.max_kl_added)
-    kept_k = identity.signal.topk.k if identity.signal.topk else usual_k(identity.vocabulary)
+    kept_k = signal.topk.k if signal.topk else usual_k(pilot.identity.vocabulary)
     step = coarsest(options, kept_k, bound, wanted)
     best = cheapest(options, bound, wanted)
     if best and step:  # the table has the steps at one k, and plain
@@ -97,33 +154,10 @@ def estimate(recipe: Recipe, plan: Plan, manifest: Manifest, sources: Sources, c
         options += price_all(pilot, refined, temperatures)
     side = side_bytes(pilot)
     if side:
-        options = [with_side(option, identity.signal, side) for option in options]
-    if identity.signal == side_of(identity.signal):  # and nothing of the output, so it is not among them
-        options.insert(0, Option(identity.signal, side, ()))
-    total = round(options[0].bytes_per_token * plan.pending_tokens)
-    free = open_files(recipe.store.path).free_bytes()
-    hours = plan.pending_tokens / (tokens / seconds) / recipe.ray.actors / 3600
-    best = cheapest(options, bound, wanted)
-    return {
-        "pilot_tokens": tokens,
-        "bytes_per_token": round(options[0].bytes_per_token, 1),
-        "tokens_per_s_per_actor": round(tokens / seconds, 1),
-        "bytes": total,
-        "hours": round(hours, 4),
-        "fits": free is None or total * recipe.store.safety + recipe.store.min_free_bytes <= free,
-        "head_bytes": len(head[0]) if head else None,
-        "student_temperatures": ", ".join(f"{t:g}" for t in wanted),
-        "recipe_keeps": options[0].spec.in_words(),
-        "recipe_misses": "; ".join(options[0].misses(bound, wanted)) or "nothing",
-        "coarsest_gap_step": _step(step, kept_k, bound, wanted),
-        "cheapest": best.spec.in_words() if best else None,
-        "cheapest_bytes_per_token": round(best.bytes_per_token, 1) if best else None,
-        "options": [line for option in options for line in _lines(option, bound, plan.pending_tokens, hours)],
-        "also": [
-            {"keeps": name, "bytes_per_token": round(size, 1), "corpus_bytes": round(size * plan.pending_tokens)}
-            for name, size in inside
-        ],
-    }
+        options = [with_side(option, signal, side) for option in options]
+    if signal == side_of(signal):  # and nothing of the output, so it is not among them
+        options.insert(0, Option(signal, side, ()))
+    return options, _step(step, kept_k, bound, wanted)
 
 
 def _step(found: Option | None, k: int, bound: Bound, temperatures: Seq[float]) -> str:
