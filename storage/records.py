@@ -307,7 +307,7 @@ class SignalSpec:
         """For people: `top-64 (1/8 nat) + hidden int8 (576)`."""
         words = []
         if self.topk:
-            step = "float32" if self.topk.gap_step is None else f"{Fraction(self.topk.gap_step)} nat"
+            step = "float32" if self.topk.gap_step is None else f"{step_in_words(self.topk.gap_step)} nat"
             nucleus = f", nucleus {self.topk.nucleus.mass:g}" if self.topk.nucleus else ""
             if self.topk.nucleus and self.topk.nucleus.temperature != 1:
                 nucleus += f" at T = {self.topk.nucleus.temperature:g}"
@@ -323,6 +323,12 @@ class SignalSpec:
             kept = f"{self.attention.dtype}, {heads}, up to {self.attention.max_tokens:,} tokens"
             words.append(f"attention {_listed(self.attention.layers)} ({kept})")
         return " + ".join(words)
+
+
+def step_in_words(step: float) -> str:
+    """`1/8`; `0.1` for what is no simple fraction in binary."""
+    fraction = Fraction(step)
+    return str(fraction) if fraction.denominator <= 1024 else f"{step:g}"
 
 
 def _listed(layers: tuple[int, ...]) -> str:

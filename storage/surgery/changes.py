@@ -8,13 +8,12 @@ be had from what was, and is refused with the remedy.
 """
 
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from typing import Literal
 
 from stillroom.storage.codecs.tail import tail_lse_at
 from stillroom.storage.codecs.topk import first_k, nucleus
 from stillroom.storage.errors import UsageError
-from stillroom.storage.records import PARTS, NucleusSpec, SignalSpec, TopK, TopKSpec
+from stillroom.storage.records import PARTS, NucleusSpec, SignalSpec, TopK, TopKSpec, step_in_words
 
 #: The coarsest step that a recipe may ask for: what no teacher run can found, surgery does not either.
 COARSEST_STEP = 4.0
@@ -121,10 +120,10 @@ def _changed_step(old: float | None, new: float | None) -> float | None:
     if new is not None and not 0 < new <= COARSEST_STEP:
         raise UsageError(f"gap step is {new:g} nats, expected above 0 and at most {COARSEST_STEP:g}, or none (float32)")
     if old is not None and (new is None or new < old):
+        held, asked = step_in_words(old), None if new is None else step_in_words(new)
         raise UsageError(
-            f"gap step {step_in_words(new)} is finer than the store's {step_in_words(old)}: rounding cannot be undone; "
-            f"ask for {step_in_words(old)} or a coarser one, or teach again, into another store.path, with "
-            f"signal.topk.gap_step {'null' if new is None else step_in_words(new)}"
+            f"gap step {asked or 'none'} is finer than the store's {held}: rounding cannot be undone; ask for {held} "
+            f"or a coarser one, or teach again, into another store.path, with signal.topk.gap_step {asked or 'null'}"
         )
     return new
 
@@ -143,14 +142,6 @@ def _changed_nucleus(old: NucleusSpec | None, new: NucleusSpec | None) -> Nucleu
             f"{old.temperature:g}, or teach again, into another store.path, with signal.topk.nucleus"
         )
     return new
-
-
-def step_in_words(step: float | None) -> str:
-    """`1/8`, or `none` for float32."""
-    if step is None:
-        return "none"
-    fraction = Fraction(step)
-    return str(fraction) if fraction.denominator <= 1024 else f"{step:g}"
 
 
 def logit_error_bound(old: TopKSpec, new: TopKSpec) -> float:

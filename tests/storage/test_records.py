@@ -147,6 +147,7 @@ SPECS = [
         },
         "top-50 (1/16 nat, nucleus 0.98, packed)",
     ),
+    (SignalSpec(TopKSpec(8, 0.1)), {"topk": {"k": 8, "gap_step": 0.1, "layout": "plain"}}, "top-8 (0.1 nat)"),
     (SignalSpec(sampled=SampledSpec(50)), {"sampled": {"draws": 50}}, "50 draws"),
     (
         SignalSpec(hidden=HiddenSpec(576, "bfloat16")),
