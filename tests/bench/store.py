@@ -3,7 +3,7 @@
 Enters: nothing. Leaves: its keys in `build/bench.json`, and a table. Costs: five minutes on two cores the first time,
 three later.
 
-    python -m tests.bench.store [--output build/bench.json]
+    python -m tests.bench.store [--output build/bench.json] [--bars]
 
 Bytes are of whole stores, each file written by the product's own function: shards, log, plans, identity, calibration
 and the account. Three things do not grow with the store and are stated by themselves: the fidelity sample, the table of
@@ -61,22 +61,25 @@ TEMPERATURES = (1.0, 2.0, 4.0, 8.0)
 UNIT_SEQUENCES = 16  # 8,192 tokens
 REPEATS = 7
 CALIBRATION_ROWS = 4096
+#: The stores that a bar is about.
+BARS = ("topk", "packed", "sampled", "topk and sampled", "hidden")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("build/bench.json"))
+    parser.add_argument("--bars", action="store_true", help="only the stores that a bar is about")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     data = scored()
     with tempfile.TemporaryDirectory(prefix="stillroom-bench-") as folder:
-        result = bench(data, Path(folder))
+        result = bench(data, Path(folder), bars=arguments.bars)
     with merged(arguments.output) as held:
         held |= result
     show(result)
 
 
-def bench(data: Scored, folder: Path) -> dict[str, Any]:
+def bench(data: Scored, folder: Path, *, bars: bool) -> dict[str, Any]:
     topk, packed = TopKSpec(K), TopKSpec(K, layout="packed")
     specs = {
         "topk": SignalSpec(topk),
@@ -90,7 +93,8 @@ def bench(data: Scored, folder: Path) -> dict[str, Any]:
         "hidden int8": SignalSpec(topk, hidden=HiddenSpec(data.width, "int8")),
         "hidden bfloat16": SignalSpec(topk, hidden=HiddenSpec(data.width, "bfloat16")),
     }
-    stores = {name: build(data, spec, folder / name) for name, spec in specs.items()}
+    names = BARS if bars else tuple(specs)
+    stores = {name: build(data, specs[name], folder / name) for name in names}
     rows = {name: describe(data, store) for name, store in stores.items()}
     speeds = speed(data, stores["topk"], folder / "speed")
     naive = naive_layouts(data, folder)

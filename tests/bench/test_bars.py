@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(1500)]
 def test_every_tier_keeps_its_size_and_its_fidelity(tmp_path: Path) -> None:
     output = tmp_path / "bench.json"
     done = subprocess.run(
-        [sys.executable, "-m", "tests.bench.store", "--output", str(output)],
+        [sys.executable, "-m", "tests.bench.store", "--bars", "--output", str(output)],
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
