@@ -40,7 +40,7 @@ def status_command(run: str) -> dict[str, Any]:
         parts = [{"stage": name, **part} for name, path in found for part in _parts(path)]
         return {"run": listed["recipe"], "state": _overall(parts), "parts": parts}
     if not (folder / RECIPE).exists():
-        raise StoreError(f"{run} is no run's folder: it has no {RECIPE}, which `stillroom run` writes first")
+        raise StoreError(f"{run} is no run's folder: it has no {RECIPE}, which the first command on a recipe writes")
     parts = _parts(folder)
     return {"run": _recipe(folder)["name"], "state": _overall(parts), "parts": parts}
 

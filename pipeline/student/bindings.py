@@ -67,7 +67,7 @@ def require_same(stored: Bindings, asked: Bindings, where: object) -> None:
 
 def differences(stored: Bindings, asked: Bindings) -> list[str]:
     """Each part in which two runs differ, in words; none: they are one. A run and a dry run both go by this."""
-    then, now = stored["config"], asked["config"]
+    then, now = _flat(stored["config"]), _flat(asked["config"])
     differing = [
         f"{key}: {then.get(key)} there, {now.get(key)} asked"
         for key in sorted(then.keys() | now.keys())
@@ -84,7 +84,7 @@ def differences(stored: Bindings, asked: Bindings) -> list[str]:
         for key, what in (("base", "the weights under the adapters"), ("start", "what model.from names"))
         if key in stored and key in asked and stored[key] != asked[key]
     ]
-    if stored.get("sources") != asked.get("sources") and then.get("mix") == now.get("mix"):
+    if stored.get("sources") != asked.get("sources") and stored["config"].get("mix") == asked["config"].get("mix"):
         differing.append(f"sources: {stored.get('sources')} there, {asked.get('sources')} now (names of the corpus's)")
     there, now_there = stored.get("corpora", {}), asked.get("corpora", {})
     return differing + [
@@ -92,6 +92,14 @@ def differences(stored: Bindings, asked: Bindings) -> list[str]:
         for path in sorted(there.keys() & now_there.keys())
         if there[path] != now_there[path]
     ]
+
+
+def _flat(config: dict[str, Any], within: str = "") -> dict[str, Any]:
+    """Sections of sections as `losses.alpha`, so that what differs is named and not all that lies beside it."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        found |= _flat(value, f"{within}{key}.") if value and isinstance(value, dict) else {f"{within}{key}": value}
+    return found
 
 
 def held_in(folder: Path) -> tuple[Path, Bindings] | None:

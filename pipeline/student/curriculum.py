@@ -24,12 +24,14 @@ from stillroom.storage.manifest import Manifest
 
 @dataclass(frozen=True, kw_only=True)
 class Values:
-    """What a step is done with. weights: of the feature losses, by name; 0 among them are left out."""
+    """What a step is done with. weights: of the feature losses, by name, output: of the output losses; 0 among them are
+    left out."""
 
     alpha: float
     temperature: float
     lr: float
     weights: dict[str, float]
+    output: dict[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +60,7 @@ class Stage:
                 schedule=config.schedule, min_ratio=config.min_lr_ratio,
             ),
             weights={name: weight for name, weight in weights.items() if weight > 0},
+            output=self.losses.output.weights(within, self.steps) if self.losses.distils else {},
         )  # fmt: skip
 
 

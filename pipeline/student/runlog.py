@@ -90,6 +90,9 @@ class RunLog:
                 self._board.add_scalar(f"train/{key}", record[key], step)
         for key, value in record["features"].items():
             self._board.add_scalar(f"train/features/{key}", value, step)
+        for name in ("weights", "output_weights"):
+            for key, value in record.get(name, {}).items():
+                self._board.add_scalar(f"train/{name}/{key}", value, step)
         for key, value in record.get("mix", {}).get("shares", {}).items():
             self._board.add_scalar(f"train/mix/{key}", value, step)
         if not self._bar:
@@ -160,6 +163,7 @@ def step_record(step: int, packs: list[PackName], result: StepResult, *, took: f
         "temperature": result.values.temperature,
         "alpha": result.values.alpha,
         "weights": result.values.weights,
+        "output_weights": result.values.output,
         "phase": result.phase,
         "grad_norm": result.grad_norm,
         **({} if result.scale is None else {"scale": result.scale, "overflowed": result.overflowed}),

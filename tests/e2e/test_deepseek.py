@@ -26,7 +26,7 @@ STAGES, STEPS = {"to-8": 8, "to-4": 4, "to-2": 2}, 5
 def _ran(tmp_path_factory: pytest.TempPathFactory) -> Setup:
     """12 layers teach 8, these 4, and these 2; the widths stay, as in deploy/recipes/deepseek.yaml."""
     folder = tmp_path_factory.mktemp("deepseek")
-    setup = Setup.make(folder, [], teacher={"layers": 12})
+    setup = Setup.make(folder, [], teacher={"layers": 12}, ray__actors=1)
     write_corpus(folder / "pretraining.jsonl", sentences(5, 40))
     pairs = zip(sentences(6, 40, words=8), sentences(7, 40, words=12), strict=True)
     chats = [[{"role": "user", "content": a}, {"role": "assistant", "content": b}] for a, b in pairs]

@@ -21,7 +21,7 @@ STUDENTS = {"one": "two-layers", "two": "one-layer", "direct": "one-layer"}
 STEPS = 12
 #: Enough small units that teaching takes seconds: with 120 documents the first commit had all of them.
 DOCUMENTS = sentences(11, 900)
-OVER: dict[str, Any] = {"store__unit_tokens": 128, "corpus__heldout": 0.02}
+OVER: dict[str, Any] = {"store__unit_tokens": 128, "corpus__heldout": 0.02, "ray__actors": 1}
 
 
 def chain(folder: Path) -> Setup:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from stillroom.pipeline.run_status import status_command
 from stillroom.storage.catalog.inspect import inspect_store
 from tests.e2e.runs import Setup, sentences
 
@@ -15,6 +16,9 @@ pytestmark = pytest.mark.real
 def test_a_store_without_a_sample_has_the_probes_band(tmp_path: Path) -> None:
     setup = Setup.make(tmp_path, sentences(5, 12), ray={"actors": 1}, fidelity={"positions": 0})
     printed = setup.run("teach")
+    assert {part["part"]: part["state"] for part in status_command(str(setup.folder / "run"))["parts"]} == {
+        "corpus": "done", "teach": "done", "train cut": "not begun", "evaluate": "not begun"
+    }  # fmt: skip
     assert "rows scored alone and in a batch differ by KL" in printed
     found = inspect_store(str(tmp_path / "store"))
     assert found["fidelity"] == []

@@ -340,6 +340,8 @@ def test_a_checkpoint_of_other_settings_is_refused(world: World, tmp_path: Path)
     (tmp_path / "result.json").unlink()
     with pytest.raises(StudentError, match="seed: 0 there, 1 asked"):
         go(world.job(tmp_path, steps=3, seed=1))
+    with pytest.raises(StudentError, match=r"another run \(losses.alpha: 0.7 there, 0.6 asked\)\."):
+        go(world.job(tmp_path, steps=3, losses={"alpha": 0.6}))
     go(world.job(tmp_path, steps=3, keep_last=1, log_every=5))
 
 

@@ -128,6 +128,7 @@ def test_each_phase_has_its_own_losses(inner: World, tmp_path: Path) -> None:
     assert [r["temperature"] for r in records] == [2, 2, 2, 2, 2, 2, 1.5, 1, 2, 2]
     assert [r["alpha"] for r in records] == [0.7] * 8 + [0.0] * 2
     assert [r["weights"].get("hidden") for r in records[2:5]] == pytest.approx([0.1, 0.25, 0.4])
+    assert [r["output_weights"] for r in records] == [{"forward_kl": 1.0}] * 8 + [{}] * 2
     assert all(r["kd"] is None and r["ce"] == r["loss"] for r in records[8:])
 
 
