@@ -43,6 +43,13 @@ class OutputConfig(_Config):
     cosine: Scheduled = 0.0
     """1 − cosine of raw logits over the whole vocabulary, which hidden states alone give."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _weights_by_name(cls, given: Any) -> Any:
+        if isinstance(given, str):
+            raise ValueError(f"expected output losses with their weights, such as {{{given}: 1}}, got {given}")
+        return given
+
     @field_validator("js", mode="before")
     @classmethod
     def _weight_alone(cls, js: Any) -> Any:

@@ -251,6 +251,8 @@ class TestRefusedInTheFile:
              '"two"'),
             ("signal:\n  topk:\n    k: 32\n    gap_step: 1/16", "signal: 3",
              "8: signal: expected a section with keys of its own, got 3"),
+            ("lr: 3e-5", "losses: {output: js}", "17: students.0.losses.output: expected output losses with their "
+             "weights, such as {js: 1}, got js"),
             ("lr: 3e-5", "packing: yes", '17: students.0.packing: expected true or false, got "yes"'),
         ],
     )  # fmt: skip

@@ -88,6 +88,10 @@ def every_k(students: int, teachers: int, k: int) -> Pairs:
     return uniform(students, teachers)[::k]
 
 
+#: What keeps a section, in words of the command line.
+_EXAMPLES = {"layers": "'{every: 4}'", "attention": "'{every: 4}'", "embeddings": "true"}
+
+
 def require_held(features: FeaturesConfig, signal: SignalSpec) -> None:
     """Raises UnsupportedSignal if the store lacks what the features ask for, as far as the student does not matter."""
     for name, part in features.parts().items():
@@ -96,7 +100,7 @@ def require_held(features: FeaturesConfig, signal: SignalSpec) -> None:
         if not held and not final:
             raise UnsupportedSignal(
                 f"features.{name} needs signal.{_section(name)}, and the store holds {signal.in_words()}: teach "
-                "with it into another store"
+                f"with signal.{_section(name)}={_EXAMPLES[_section(name)]} into another store.path"
             )
         wanted = [teacher for _, teacher in part.map] if hasattr(part, "map") and isinstance(part.map, tuple) else []
         lacking = sorted({teacher for teacher in wanted if teacher not in held})
