@@ -79,6 +79,8 @@ def test_it_goes_on_from_every_stage(tmp_path: Path) -> None:
     killed, calm = chain(tmp_path / "killed"), chain(tmp_path / "calm")
     moments: dict[str, tuple[Callable[[], bool], Callable[[], bool]]] = {
         "stage one teaches": (teaching(killed, 0), lambda: not taught(killed, 0)),
+        "stage one trains": (training(killed, "one"), lambda: not trained(killed, "one")),
+        "stage two teaches": (teaching(killed, 1), lambda: not taught(killed, 1)),
         "stage two trains": (training(killed, "two"), lambda: not trained(killed, "two")),
         "the direct student trains": (training(killed, "direct"), lambda: not trained(killed, "direct")),
     }
