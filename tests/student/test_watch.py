@@ -158,6 +158,7 @@ def test_a_run_puts_its_measures_on_tensorboard_and_its_notices_in_the_result(
     assert {f"heldout/{key}" for key in measured} <= tags
     assert {f"train/{key}" for key in ("loss", "kd", "ce", "grad_norm", "tokens_per_s", "data_wait")} <= tags
     assert [event.step for event in board.Scalars("heldout/top5")] == [0, 50, 51]
+    assert [event.value for event in board.Scalars("train/output_weights/forward_kl")] == [1, 1, 1, 1]
     assert board.Tags()["tensors"] == ["notices/text_summary"]
     assert result["after"].keys() == measured
 

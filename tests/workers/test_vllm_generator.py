@@ -11,6 +11,7 @@ import torch
 from stillroom.storage.errors import RecipeError, TeacherError
 from stillroom.storage.generations.records import Decoding, Generation
 from stillroom.storage.records import Sequence, SignalSpec, TopKSpec
+from stillroom.workers import generator
 from stillroom.workers.generator import require_settings
 from stillroom.workers.source import load_tokenizer, resolve_model
 from stillroom.workers.teacher import TeacherSpec
@@ -180,6 +181,12 @@ def test_settings_are_looked_at_without_an_engine(folder: Path) -> None:
     assert "\n" not in str(caught.value)
     with pytest.raises(RecipeError, match="quantization awq"):  # known to vLLM, and not for a model of plain weights
         require_settings(Engine(folder, quantization="awq").spec)
+
+
+def test_settings_that_vllm_does_not_answer_about_are_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generator, "SETTINGS_S", 0.05)  # it takes seconds to be imported
+    with pytest.raises(TeacherError, match=r"^vLLM has not answered about generate\.engine within 0\.05 s$"):
+        require_settings(Engine(folder).spec)
 
 
 def test_a_prompt_beyond_the_window_is_the_teachers_error(tmp_path: Path) -> None:
