@@ -65,6 +65,7 @@ def _dispatch(arguments: Namespace, console: Console) -> tuple[Result, int]:
 def _recipe_command(arguments: Namespace, console: Console) -> tuple[Result, int]:
     from stillroom.pipeline.process import locks_of, only_one, terminable
     from stillroom.pipeline.recipe import load_chain, notices, save_resolved
+    from stillroom.pipeline.run_status import RESOLVED
 
     # train and evaluate work from the store; corpus and teacher may be gone by then
     files = arguments.command in ("run", "plan", "generate", "teach")
@@ -85,7 +86,7 @@ def _recipe_command(arguments: Namespace, console: Console) -> tuple[Result, int
             result = run_whole(chain, console=console, redo=arguments.redo)
         else:
             recipe = chain.stages[0].recipe
-            resolved = recipe.run_dir / "recipe.resolved.yaml"
+            resolved = recipe.run_dir / RESOLVED
             if arguments.command != "plan" and not resolved.exists():  # `status` and `report` read the folder by it
                 save_resolved(recipe, resolved)
             result = _stage(arguments.command)(recipe, console=console)

@@ -20,6 +20,7 @@ from stillroom.pipeline.precompute import require_all_taught, teach
 from stillroom.pipeline.quality.likeness import require_installed
 from stillroom.pipeline.recipe import save_resolved
 from stillroom.pipeline.recipe.schema import Recipe
+from stillroom.pipeline.run_status import RESOLVED
 from stillroom.pipeline.side_by_side import train_together
 from stillroom.pipeline.sources import Sources
 from stillroom.pipeline.train import require_possible, require_untouched, show_students, student_line, train
@@ -30,7 +31,7 @@ from stillroom.storage.store import Store
 
 def run_recipe(recipe: Recipe, *, console: Console) -> dict[str, Any]:
     """Run what is not done yet; returns the summary that it writes to `summary.json`."""
-    save_resolved(recipe, recipe.run_dir / "recipe.resolved.yaml")
+    save_resolved(recipe, recipe.run_dir / RESOLVED)
     if recipe.evaluate.answers is not None:
         require_installed()
     sources = Sources(recipe, console)

@@ -23,7 +23,8 @@ from stillroom.storage.files import open_files
 
 #: Written by a recipe with stages: their names and folders, in order.
 STAGES = "stages.json"
-RECIPE = "recipe.resolved.yaml"
+#: In a run's folder: its recipe with every field, by which `status` and `report` read the folder.
+RESOLVED = "recipe.resolved.yaml"
 #: Three heartbeats of a teacher, and a step and an evaluation of most students.
 SILENCE_S = 60.0
 #: Steps that a student's rate is taken over.
@@ -39,8 +40,8 @@ def status_command(run: str) -> dict[str, Any]:
         found = [(stage["name"], Path(stage["run_dir"])) for stage in listed["stages"]]
         parts = [{"stage": name, **part} for name, path in found for part in _parts(path)]
         return {"run": listed["recipe"], "state": _overall(parts), "parts": parts}
-    if not (folder / RECIPE).exists():
-        raise StoreError(f"{run} is no run's folder: it has no {RECIPE}, which the first command on a recipe writes")
+    if not (folder / RESOLVED).exists():
+        raise StoreError(f"{run} is no run's folder: it has no {RESOLVED}, which the first command on a recipe writes")
     parts = _parts(folder)
     return {"run": _recipe(folder)["name"], "state": _overall(parts), "parts": parts}
 
@@ -53,13 +54,13 @@ def _overall(parts: list[dict[str, Any]]) -> str:
 
 
 def _recipe(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))
+    found: dict[str, Any] = yaml.safe_load((folder / RESOLVED).read_text(encoding="utf-8"))
     return found
 
 
 def _parts(folder: Path) -> list[dict[str, Any]]:
     """Of one run. A stage that is not reached yet has one line."""
-    if not (folder / RECIPE).exists():
+    if not (folder / RESOLVED).exists():
         return [{"part": "all", "state": "not begun"}]
     recipe = _recipe(folder)
     found = []

@@ -15,7 +15,7 @@ import yaml
 
 from stillroom.pipeline.ledger import Ledger
 from stillroom.pipeline.report.spent import corpus_s, evaluation_s, generation
-from stillroom.pipeline.run_status import STAGES
+from stillroom.pipeline.run_status import RESOLVED, STAGES
 from stillroom.pipeline.student.bindings import EXPORT, RESULT
 from stillroom.storage.errors import StillroomError, UsageError
 from stillroom.storage.files import open_files
@@ -28,8 +28,6 @@ POINTS = 300
 #: What is drawn of a step's record.
 STEP_CURVES = ("loss", "kd", "ce", "temperature", "alpha", "lr")
 EVALUATION_CURVES = ("kl", "top1", "perplexity")
-
-RESOLVED = "recipe.resolved.yaml"
 
 
 def run_folders(folder: Path) -> list[Path]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
 from stillroom.pipeline.cli import main
-from stillroom.pipeline.report.data import RESOLVED
+from stillroom.pipeline.run_status import RESOLVED
 from stillroom.storage.records import Sequence, TopK
 from stillroom.storage.store import Store, open_store
 from tests.browser import NEEDED, Browser, browser

@@ -10,9 +10,10 @@ import pytest
 import yaml
 
 from stillroom.pipeline.console import Console
-from stillroom.pipeline.report.data import RESOLVED, gather_run, ledger_rows, points_of, read_log, run_folders, thin
+from stillroom.pipeline.report.data import gather_run, ledger_rows, points_of, read_log, run_folders, thin
 from stillroom.pipeline.report.documents import of_run, of_store
 from stillroom.pipeline.report.store_data import gather_store
+from stillroom.pipeline.run_status import RESOLVED
 from stillroom.pipeline.sources import Sources
 from stillroom.storage.calibration import save_calibration
 from stillroom.storage.errors import UsageError

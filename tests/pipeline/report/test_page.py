@@ -16,7 +16,7 @@ from stillroom.pipeline.console import Console
 from stillroom.pipeline.report import answers
 from stillroom.pipeline.report.answers import Answers
 from stillroom.pipeline.report.command import MOST_BYTES, inspect_page, report
-from stillroom.pipeline.report.data import RESOLVED, gather_chain, gather_run
+from stillroom.pipeline.report.data import gather_chain, gather_run
 from stillroom.pipeline.report.documents import Document, Window, of_run
 from stillroom.pipeline.report.markup import script_json
 from stillroom.pipeline.report.page import render
@@ -24,6 +24,7 @@ from stillroom.pipeline.report.payload import tokens_shown, viewer
 from stillroom.pipeline.report.run_parts import label_students
 from stillroom.pipeline.report.store_data import ROWS, gather_store
 from stillroom.pipeline.report.teacher import TOP, TeacherRows
+from stillroom.pipeline.run_status import RESOLVED
 from stillroom.storage.manifest import Manifest
 from stillroom.storage.records import BETAS, Receipt, Sequence, Signal, TopK
 from stillroom.storage.shard import write_shard

@@ -13,10 +13,11 @@ import yaml
 from stillroom.pipeline import evaluate, measured
 from stillroom.pipeline.console import Console
 from stillroom.pipeline.measured import held, keep
-from stillroom.pipeline.report.data import RESOLVED, gather_chain, gather_run, run_folders, teacher_shown
+from stillroom.pipeline.report.data import gather_chain, gather_run, run_folders, teacher_shown
 from stillroom.pipeline.report.page import render
 from stillroom.pipeline.report.picture import picture
 from stillroom.pipeline.report.run_parts import evaluation, label_students, missing, reuse
+from stillroom.pipeline.run_status import RESOLVED
 from stillroom.pipeline.sources import Sources
 from stillroom.storage.files import LocalFiles
 from stillroom.storage.manifest import Manifest

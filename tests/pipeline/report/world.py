@@ -8,7 +8,7 @@ import yaml
 
 from stillroom.pipeline.corpus.verdicts import KEPT, Verdict, write_verdicts
 from stillroom.pipeline.recipe.schema import VERDICTS
-from stillroom.pipeline.report.data import RESOLVED
+from stillroom.pipeline.run_status import RESOLVED
 from stillroom.pipeline.token_text import keep_token_table
 from stillroom.storage.store import open_store
 from tests.e2e.runs import Setup, distil, sentences
