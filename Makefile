@@ -38,7 +38,7 @@ endef
 help:
 	@echo "make demo       set up, and run the main job on a small real teacher"
 	@echo "make bench      measure sizes, fidelity and speed of every tier on the real teacher: build/bench.json"
-	@echo "make bench-quality  a student of the store beside one of a live teacher: three hours"
+	@echo "make bench-quality  a student of the store beside one of a live teacher: two hours"
 	@echo "make test       set up, and run the tests (make test-slow: the long ones; make test-fast: the pure ones)"
 	@echo "make check      lint, format, types, import contracts, contents of the wheel"
 	@echo "make format     rewrite the code in the house format"

@@ -1,7 +1,7 @@
 """`make bench-quality`: a student of the store beside the student of a live teacher, and distilled beside not.
 
 Enters: nothing. Leaves: its keys in `build/bench.json`, what each row found in `build/bench_quality.json`, and a table.
-Costs: three hours on two quiet cores the first time. A row that is done is kept under its settings: stopped, it goes on
+Costs: two hours on two quiet cores the first time. A row that is done is kept under its settings: stopped, it goes on
 with the next one.
 
     python -m tests.bench.quality [--only ROW] [--steps 200] [--threads 2] [--output build/bench.json]
