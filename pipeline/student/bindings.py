@@ -95,9 +95,12 @@ def differences(stored: Bindings, asked: Bindings) -> list[str]:
 
 
 def _flat(config: dict[str, Any], within: str = "") -> dict[str, Any]:
-    """Sections of sections as `losses.alpha`, so that what differs is named and not all that lies beside it."""
+    """Sections of sections as `losses.alpha`, phases as `phases.0.steps`, so that what differs is named and not all
+    that lies beside it."""
     found: dict[str, Any] = {}
     for key, value in config.items():
+        if value and isinstance(value, list) and all(isinstance(part, dict) for part in value):
+            value = {str(at): part for at, part in enumerate(value)}
         found |= _flat(value, f"{within}{key}.") if value and isinstance(value, dict) else {f"{within}{key}": value}
     return found
 

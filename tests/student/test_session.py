@@ -342,6 +342,8 @@ def test_a_checkpoint_of_other_settings_is_refused(world: World, tmp_path: Path)
         go(world.job(tmp_path, steps=3, seed=1))
     with pytest.raises(StudentError, match=r"another run \(losses.alpha: 0.7 there, 0.6 asked\)\."):
         go(world.job(tmp_path, steps=3, losses={"alpha": 0.6}))
+    with pytest.raises(StudentError, match=r"another run \(phases.0.lr"):
+        go(world.job(tmp_path, steps=None, phases=[{"steps": 3, "lr": 1e-4}]))
     go(world.job(tmp_path, steps=3, keep_last=1, log_every=5))
 
 
