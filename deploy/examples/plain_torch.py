@@ -32,4 +32,6 @@ def main(manifest: str, snapshot: str, model_name: str, out: str, steps: str = "
 
 
 if __name__ == "__main__":
+    if len(sys.argv) not in (5, 6):
+        sys.exit(__doc__)
     print(*(f"{loss:.4f}" for loss in main(*sys.argv[1:])), sep="\n")

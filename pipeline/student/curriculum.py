@@ -17,7 +17,7 @@ from pathlib import Path
 from stillroom.pipeline.student.config import StudentConfig
 from stillroom.pipeline.student.features.config import FeaturesConfig
 from stillroom.pipeline.student.losses_config import LossConfig
-from stillroom.pipeline.student.schedules import at, learning_rate
+from stillroom.pipeline.student.schedules import Ramp, at, learning_rate, shown
 from stillroom.storage.errors import StudentError
 from stillroom.storage.manifest import Manifest
 
@@ -95,6 +95,25 @@ def stages(config: StudentConfig, total_steps: int) -> list[Stage]:
             )
         )  # fmt: skip
     return found
+
+
+def cut_short(phases: Seq[Stage]) -> list[str]:
+    """Notices of schedules whose `steps` are more than their phase has: it ends before they reach their `to`."""
+    lines = []
+    for phase in phases:
+        losses, parts = phase.losses, phase.features.parts() if phase.features else {}
+        values = {f"features.{name}.weight": part.weight for name, part in parts.items()}
+        if losses.distils:
+            values |= {"losses.alpha": losses.alpha, "losses.temperature": losses.temperature}
+            values |= {f"losses.output.{name}": weight for name, weight in losses.output.named().items()}
+        of = f"phase {phase.number}" if len(phases) > 1 else "this run"
+        lines += [
+            f"{name} goes {shown(value)} in {value.steps} steps, but {of} has {phase.steps}: it ends at "
+            f"{value.at(phase.steps - 1, phase.steps):.4g} (leave its steps out for one that ends with the phase)"
+            for name, value in values.items()
+            if isinstance(value, Ramp) and (value.steps or 0) > phase.steps
+        ]
+    return lines
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,25 +58,26 @@ class OutputConfig(_Config):
 
     @model_validator(mode="after")
     def _some(self) -> Self:
-        negative = [name for name, weight in self._named().items() if extremes(weight)[0] < 0]
+        negative = [name for name, weight in self.named().items() if extremes(weight)[0] < 0]
         if negative:
-            raise ValueError(f"{negative[0]}: expected at least 0, got {shown(self._named()[negative[0]])}")
+            raise ValueError(f"{negative[0]}: expected at least 0, got {shown(self.named()[negative[0]])}")
         # Ramps are monotone: if all are 0 at a step, they are at the first one or at the end.
-        if not all(any(ends(weight)[i] > 0 for weight in self._named().values()) for i in (0, 1)):
+        if not all(any(ends(weight)[i] > 0 for weight in self.named().values()) for i in (0, 1)):
             raise ValueError("every output loss has weight 0: give one a weight, or set alpha to 0")
         return self
 
-    def _named(self) -> dict[str, Value]:
+    def named(self) -> dict[str, Value]:
+        """Weight of each loss, those that never count included."""
         names = ("forward_kl", "reverse_kl", "tv", "mse", "cosine")
         return {name: getattr(self, name) for name in names} | {"js": self.js.weight}
 
     def names(self) -> list[str]:
         """Of the losses that count at any step."""
-        return [name for name, weight in self._named().items() if extremes(weight)[1] > 0]
+        return [name for name, weight in self.named().items() if extremes(weight)[1] > 0]
 
     def weights(self, step: int = 0, total_steps: int = 1) -> dict[str, float]:
         """Of the losses that count at step `step`, from 0, of so many; by name, at least one."""
-        found = {name: at(weight, step, total_steps) for name, weight in self._named().items()}
+        found = {name: at(weight, step, total_steps) for name, weight in self.named().items()}
         return {name: weight for name, weight in found.items() if weight > 0}
 
 

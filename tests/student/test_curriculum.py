@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from stillroom.pipeline.student.config import StudentConfig, advice
-from stillroom.pipeline.student.curriculum import Values, phase_steps, stage_of, stages
+from stillroom.pipeline.student.curriculum import Values, cut_short, phase_steps, stage_of, stages
 from stillroom.pipeline.student.losses import Objective
 from stillroom.pipeline.student.schedules import learning_rate
 
@@ -113,6 +113,21 @@ def test_a_schedule_is_checked_over_all_of_its_range() -> None:
     assert not config(losses={"alpha": 0}).taught
     assert config(losses={"alpha": 0}, features=HIDDEN).taught
     assert "6 → 2" in " ".join(advice(student))
+
+
+def test_a_schedule_that_the_steps_cut_short_is_told() -> None:
+    ramp = {"from": 6, "to": 2, "steps": 101}
+    assert cut_short(stages(config(losses={"temperature": ramp}), 101)) == []
+    (line,) = cut_short(stages(config(losses={"temperature": ramp | {"steps": 198}}), 100))
+    assert line.startswith("losses.temperature goes 6 → 2 in 198 steps, but this run has 100: it ends at 4 ")
+    assert cut_short(stages(config(losses={"temperature": ramp, "alpha": 0}), 50)) == [], "nothing is distilled"
+    phases = [{"steps": 200, "losses": {"alpha": {"from": 0.9, "to": 0.5, "steps": 150}}}, {"steps": 100}]
+    features = {"hidden": {"weight": {"from": 0, "to": 1, "steps": 150}}}
+    output = {"tv": {"from": 1, "to": 2, "steps": 201}}
+    student = config(phases=phases, features=features, losses={"output": output})
+    told = cut_short(stages(student, 300))
+    assert [line.partition(" goes")[0] for line in told] == ["features.hidden.weight", "losses.output.tv"]
+    assert all("but phase 1 has 100" in line for line in told)
 
 
 def test_recipes_of_before_keep_their_digests() -> None:

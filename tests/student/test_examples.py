@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import runpy
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -58,6 +59,14 @@ def test_plain_torch_lowers_its_loss_and_is_short(world: World, student_folder: 
     assert sum(losses[-10:]) < sum(losses[:10])
     AutoModelForCausalLM.from_pretrained(tmp_path)
     assert len((EXAMPLES / "plain_torch.py").read_text().splitlines()) < 40
+
+
+@pytest.mark.parametrize("name", ["plain_torch", "hf_trainer"])
+def test_an_example_without_arguments_says_how_it_is_called(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = EXAMPLES / f"{name}.py"
+    monkeypatch.setattr("sys.argv", [str(path)])
+    with pytest.raises(SystemExit, match=f"python {name}.py MANIFEST SNAPSHOT MODEL OUT"):
+        runpy.run_path(str(path), run_name="__main__")
 
 
 def test_the_trainer_of_hugging_face_lowers_its_loss(world: World, student_folder: Path, tmp_path: Path) -> None:
