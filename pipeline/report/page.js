@@ -144,6 +144,17 @@
     }
     $("said").replaceChildren(...said);
     $("panel").replaceChildren(...parts);
+    keepHeight();
+  }
+
+  // The panel grows and does not shrink while the page's width stays: one that shrank under the pointer could make the page
+  // shorter, and so scroll the token away from under the pointer, which made it grow again: it flickered.
+  let width = innerWidth;
+  function keepHeight() {
+    const panel = $("panel").parentElement;
+    if (innerWidth !== width) panel.style.minHeight = "";
+    width = innerWidth;
+    panel.style.minHeight = `${Math.ceil(panel.getBoundingClientRect().height)}px`;
   }
 
   function model(name, number, top, id, colour) {
@@ -198,5 +209,6 @@
     event.preventDefault();
     select(moves[event.key]());
   });
+  addEventListener("resize", keepHeight);
   open("0/0");
 })();

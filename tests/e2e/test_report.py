@@ -217,7 +217,16 @@ def _pointer(opened: Browser, truth: Truth) -> None:
     driver = opened.driver
     opened.run("document.documentElement.style.scrollBehavior = 'auto'")
     opened.run("document.getElementById('text').scrollIntoView({block: 'start'})")
-    third, ninth = (driver.find_element(By.ID, f"token-{n}") for n in (3, 9))
+    first, third, ninth = (driver.find_element(By.ID, f"token-{n}") for n in (0, 3, 9))
+
+    # Of the first token little is said. A page that got shorter then might scroll away from under the pointer, be told so,
+    # get longer, and so on.
+    def height(token: Any, says: str) -> Any:
+        ActionChains(driver).move_to_element(token).perform()
+        until(lambda: panel(opened).startswith(says), "what hover shows")
+        return opened.run("return document.documentElement.scrollHeight")
+
+    assert height(third, "Token 4 of") == height(first, "Token 1 of")
 
     found: dict[str, Likeliest] = {}
 
