@@ -219,8 +219,8 @@ def _pointer(opened: Browser, truth: Truth) -> None:
     opened.run("document.getElementById('text').scrollIntoView({block: 'start'})")
     first, third, ninth = (driver.find_element(By.ID, f"token-{n}") for n in (0, 3, 9))
 
-    # Of the first token little is said. A page that got shorter then might scroll away from under the pointer, be told so,
-    # get longer, and so on.
+    # Of the first token little is said. A page that got shorter then might scroll away from under the pointer, be told
+    # so, get longer, and so on.
     def height(token: Any, says: str) -> Any:
         ActionChains(driver).move_to_element(token).perform()
         until(lambda: panel(opened).startswith(says), "what hover shows")
