@@ -1,7 +1,5 @@
 """cache.py: what is fetched once is read from here, is what its name says, and stays within its limit."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +18,7 @@ from stillroom.storage.remote.cache import (
     cache_limit,
     cached_files,
 )
-from tests.processes import at_once
+from tests.processes import at_once, on_small_disk
 
 SIZE = 10_000
 
@@ -238,12 +236,12 @@ def test_processes_share_a_cache(remote: Remote, tmp_path: Path, limit: int) -> 
 
 
 FULL = """
-import os, sys
+import sys
 from pathlib import Path
 from stillroom.storage.errors import StoreFull
 from tests.storage.remote.test_cache import Remote, cached, content, copies, shard_name
-folder, room = Path(sys.argv[1]), Path(sys.argv[2])
-remote = Remote(folder / "remote")
+room = Path(sys.argv[1])
+remote = Remote(room.parent / "remote")
 files = cached(remote, room)
 for number in range(8):
     with files.open(shard_name(number)) as source:
@@ -269,19 +267,6 @@ def test_a_full_disk_makes_copies_give_way_and_then_is_told(remote: Remote, tmp_
     """A real full disk: a tmpfs of 64 KiB holds five of the eight copies; then something else fills it."""
     room = tmp_path / "room"
     room.mkdir()
-    mount = f'mount -t tmpfs -o size=64k none "{room}" && exec "$0" "$@"'
-    for namespace in (["unshare", "--mount"], ["unshare", "--user", "--map-root-user", "--mount"]):
-        try:
-            probe = subprocess.run([*namespace, "sh", "-c", mount, "true"], check=False, capture_output=True)
-        except FileNotFoundError:
-            break
-        if probe.returncode == 0:
-            done = subprocess.run(
-                [*namespace, "sh", "-c", mount, sys.executable, "-c", FULL, str(tmp_path), str(room)],
-                check=True, capture_output=True, text=True, cwd=Path(__file__).parents[3],
-            )  # fmt: skip
-            held, told = done.stdout.splitlines()
-            assert 1 <= int(held) < 8
-            assert f"no room for a copy of {shard_name(0)} in the cache {room}/cache: free some space" in told
-            return
-    pytest.skip("neither root nor user namespaces may mount a tmpfs here")
+    held, told = on_small_disk(FULL, room, "64k").splitlines()
+    assert 1 <= int(held) < 8
+    assert f"no room for a copy of {shard_name(0)} in the cache {room}/cache: free some space" in told
