@@ -97,23 +97,26 @@ def stages(config: StudentConfig, total_steps: int) -> list[Stage]:
     return found
 
 
-def cut_short(phases: Seq[Stage]) -> list[str]:
-    """Notices of schedules whose `steps` are more than their phase has: it ends before they reach their `to`."""
-    lines = []
+def cut_short(config: StudentConfig, total_steps: int) -> list[str]:
+    """Notices of schedules whose `steps` are more than their phase or the run has: they never reach their `to`."""
+    phases = stages(config, total_steps)
+    shares = config.mix.shares if config.mix else {}
+    found = [("this run", total_steps, f"mix.shares.{name}", share) for name, share in shares.items()]
     for phase in phases:
-        losses, parts = phase.losses, phase.features.parts() if phase.features else {}
-        values = {f"features.{name}.weight": part.weight for name, part in parts.items()}
-        if losses.distils:
-            values |= {"losses.alpha": losses.alpha, "losses.temperature": losses.temperature}
-            values |= {f"losses.output.{name}": weight for name, weight in losses.output.named().items()}
+        values = {
+            f"features.{n}.weight": p.weight for n, p in (phase.features.parts() if phase.features else {}).items()
+        }
+        if phase.losses.distils:
+            values |= {"losses.alpha": phase.losses.alpha, "losses.temperature": phase.losses.temperature}
+            values |= {f"losses.output.{name}": weight for name, weight in phase.losses.output.named().items()}
         of = f"phase {phase.number}" if len(phases) > 1 else "this run"
-        lines += [
-            f"{name} goes {shown(value)} in {value.steps} steps, but {of} has {phase.steps}: it ends at "
-            f"{value.at(phase.steps - 1, phase.steps):.4g} (leave its steps out for one that ends with the phase)"
-            for name, value in values.items()
-            if isinstance(value, Ramp) and (value.steps or 0) > phase.steps
-        ]
-    return lines
+        found += [(of, phase.steps, name, value) for name, value in values.items()]
+    return [
+        f"{name} goes {shown(value)} in {value.steps} steps, but {of} has {steps}: it ends at "
+        f"{value.at(steps - 1, steps):.4g} (leave its steps out for a schedule that ends with them)"
+        for of, steps, name, value in found
+        if isinstance(value, Ramp) and value.start != value.end and (value.steps or 0) > steps
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)

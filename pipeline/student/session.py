@@ -26,7 +26,7 @@ from stillroom.pipeline.student.checkpoint import Checkpoints
 from stillroom.pipeline.student.collate import collate
 from stillroom.pipeline.student.compiled import compile_body
 from stillroom.pipeline.student.config import StudentJob, advice, require_determined, student_window
-from stillroom.pipeline.student.curriculum import cut_short, other_corpus, stages
+from stillroom.pipeline.student.curriculum import cut_short, other_corpus
 from stillroom.pipeline.student.device import choose_device
 from stillroom.pipeline.student.distributed import ALONE, Ranks, joined, require_shared
 from stillroom.pipeline.student.export import export_model, result_of, write_result
@@ -221,7 +221,7 @@ class Session:
         remarks = []
         if progress.step:
             remarks.append(f"going on after step {progress.step} of {self.total_steps}, from its checkpoint")
-        remarks += cut_short(stages(self.config, self.total_steps))
+        remarks += cut_short(self.config, self.total_steps)
         if reads_maps(self.config):
             remarks.append(
                 "features.attention: the student runs with eager attention, which computes maps in full: slower, and "

@@ -117,15 +117,20 @@ def test_a_schedule_is_checked_over_all_of_its_range() -> None:
 
 def test_a_schedule_that_the_steps_cut_short_is_told() -> None:
     ramp = {"from": 6, "to": 2, "steps": 101}
-    assert cut_short(stages(config(losses={"temperature": ramp}), 101)) == []
-    (line,) = cut_short(stages(config(losses={"temperature": ramp | {"steps": 198}}), 100))
+    assert cut_short(config(losses={"temperature": ramp}), 101) == []
+    (line,) = cut_short(config(losses={"temperature": ramp | {"steps": 198}}), 100)
     assert line.startswith("losses.temperature goes 6 → 2 in 198 steps, but this run has 100: it ends at 4 ")
-    assert cut_short(stages(config(losses={"temperature": ramp, "alpha": 0}), 50)) == [], "nothing is distilled"
+    assert cut_short(config(losses={"temperature": ramp, "alpha": 0}), 50) == [], "nothing is distilled"
+    still = {"from": 4, "to": 4, "steps": 101}
+    assert cut_short(config(losses={"temperature": still}), 50) == [], "it goes nowhere"
+    mix = {"by": "sampling", "shares": {"generations": {"from": 0.8, "to": 0.4, "steps": 101}}}
+    (line,) = cut_short(config(mix=mix, steps=51), 51)
+    assert line.startswith("mix.shares.generations goes 0.8 → 0.4 in 101 steps, but this run has 51: it ends at 0.602 ")
     phases = [{"steps": 200, "losses": {"alpha": {"from": 0.9, "to": 0.5, "steps": 150}}}, {"steps": 100}]
     features = {"hidden": {"weight": {"from": 0, "to": 1, "steps": 150}}}
     output = {"tv": {"from": 1, "to": 2, "steps": 201}}
     student = config(phases=phases, features=features, losses={"output": output})
-    told = cut_short(stages(student, 300))
+    told = cut_short(student, 300)
     assert [line.partition(" goes")[0] for line in told] == ["features.hidden.weight", "losses.output.tv"]
     assert all("but phase 1 has 100" in line for line in told)
 
